@@ -11,6 +11,8 @@ from ckptavg.io.paths import Location
 WIDEST = 1 / math.sqrt(12)
 """Relative standard deviation of a uniform average over training, which no EMA reaches."""
 
+# The exponent of a narrower EMA exceeds floats.
+_NARROWEST = 1e-300
 # Names of a recorded width, in the order of trial.
 _NAMES = ("sigma_rel", "ema_sigma_rel", "ema_sigma", "ema_std", "std_rel")
 # EDM2 writes network-snapshot-0000500-0.050.pkl; others name the number: ema_sigma_0.05.
@@ -49,4 +51,4 @@ def find_width(metrics: Mapping[str, float], path: Location) -> float | None:
 
 def is_width(value: float) -> bool:
     """Return True for a number that can be the relative standard deviation of an EMA."""
-    return 0 < value < WIDEST
+    return _NARROWEST < value < WIDEST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -71,10 +72,10 @@ def count_last(steps: Steps, share: Fraction) -> int:
 
 
 def known_steps(steps: Steps) -> list[Fraction]:
-    """Return the exact steps of a training; empty if a step is not known."""
+    """Return the exact steps of a training; empty if a step is not known, or not finite."""
     known: list[Fraction] = []
     for step in steps:
-        if step is None:
+        if step is None or not math.isfinite(step):
             return []
         known.append(Fraction(step))
     return known

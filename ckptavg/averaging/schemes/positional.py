@@ -58,6 +58,8 @@ def _polynomial(options: Options) -> Coefficients:
     return apply
 
 
+# Python reads no number of very many digits.
+_MOST_DIGITS = 100
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
@@ -103,7 +105,7 @@ def _parse_window(text: str) -> int | Fraction:
     """Parse the length of a window: a number of checkpoints, or a share of training."""
     if is_share(text):
         return parse_share("lawa:k=K", text)
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
         raise UsageError(
             "lawa:k=K is expected to have a positive integer K, or a share of training such as "
             f"10%, but got {text!r}"

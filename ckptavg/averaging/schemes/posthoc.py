@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -15,9 +16,9 @@ from ckptavg.averaging.schemes.run_record import RunRecord
 from ckptavg.averaging.schemes.scheme import Coefficients, Options, Remark, SchemeKind, normalize
 from ckptavg.errors import RunError
 
-# The Gram matrix of many snapshots is too ill-conditioned for float64. Decimals of so many digits
-# also give the same bits on every machine, which linear algebra libraries do not.
-_CONTEXT = decimal.Context(prec=60)
+# The Gram matrix of many snapshots is too ill-conditioned for float64. Decimals of twice as many
+# digits also give the same bits on every machine, which linear algebra libraries do not.
+_CONTEXT = decimal.Context(prec=34)
 # Relative error of the reconstructed weights over training from which a note tells it.
 _POOR_FIT = 0.1
 # Sum of the absolute weights from which the rounding of the snapshots is amplified noticeably.
@@ -71,10 +72,7 @@ def _posthoc_ema(options: Options) -> Coefficients:
             wanted = _target_profile(profiles, target)
             rows: list[list[Decimal]] = []
             for number, profile in enumerate(profiles):
-                above = [row[number] for row in rows]
-                rows.append(above + [profile.correlate(other) for other in profiles[number:]])
-            for row, profile in zip(rows, profiles, strict=True):
-                row.append(profile.correlate(wanted))
+                rows.append([profile.correlate(other) for other in [*profiles[number:], wanted]])
             return [float(value) for value in _solve(rows)]
 
     return apply
@@ -169,27 +167,25 @@ def _target_profile(profiles: Sequence[_Profile], sigma: float) -> _Profile:
 
 
 def _solve(rows: list[list[Decimal]]) -> list[Decimal]:
-    """Solve a positive definite linear system by Gaussian elimination.
+    """Solve a symmetric positive definite linear system by Gaussian elimination.
 
     Args:
-        rows: The n rows of the matrix, each followed by the right-hand side.
+        rows: Row i of the n × n matrix from column i on, followed by the right-hand side. The
+            rows are overwritten.
 
     Returns:
         The n unknowns.
     """
-    count = len(rows)
-    # A positive definite matrix needs no exchange of rows.
-    for pivot in range(count):
-        for row in range(pivot + 1, count):
-            factor = rows[row][pivot] / rows[pivot][pivot]
-            for column in range(pivot, count + 1):
-                rows[row][column] -= factor * rows[pivot][column]
-    unknowns = [Decimal(0)] * count
-    for row in reversed(range(count)):
-        known = sum(
-            (rows[row][column] * unknowns[column] for column in range(row + 1, count)), Decimal(0)
-        )
-        unknowns[row] = (rows[row][count] - known) / rows[row][row]
+    # A positive definite matrix needs no exchange of rows, and stays symmetric.
+    for number, pivot_row in enumerate(rows):
+        for offset in range(1, len(rows) - number):
+            factor = pivot_row[offset] / pivot_row[0]
+            row, above = rows[number + offset], pivot_row[offset:]
+            rows[number + offset] = [x - factor * y for x, y in zip(row, above, strict=True)]
+    unknowns: list[Decimal] = []
+    for first, *others, right in reversed(rows):
+        known = sum(map(operator.mul, others, unknowns), Decimal(0))
+        unknowns.insert(0, (right - known) / first)
     return unknowns
 
 
