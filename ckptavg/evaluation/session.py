@@ -212,7 +212,7 @@ class _Session:
         Args:
             training: This process's batches of the training data; None without any.
             on_results: Called with the results so far on each data set, once the baselines are
-                scored.
+                scored; of points from the first pass on.
 
         Returns:
             The results on each data set, one per candidate.
@@ -254,7 +254,7 @@ class _Session:
                 # Also after an out-of-memory error: the repeated pass needs the memory.
                 release_models(group, self.runtime.device)
             results[:] = [scored.collect_results(group) for scored in self.scored]
-            if all(baseline.complete for baseline in baselines):
+            if self.as_points or all(baseline.complete for baseline in baselines):
                 on_results([*results])
 
         run_in_groups_that_fit(groups, run_pass, self.runtime, self.peers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,12 @@ from ckptavg.distributed.peers import Peers
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.identity import EvaluationCall
 from ckptavg.evaluation.results import Result
+from ckptavg.evaluation.resume import keys_of
 from ckptavg.evaluation.session import score_on
 from ckptavg.runs.run import Run
 from ckptavg.searching.election import Scored
 from ckptavg.searching.families import Proposal
+from ckptavg.searching.store import ScoreStore, restore
 from ckptavg.tasks import Metric
 
 log = logging.getLogger("ckptavg")
@@ -51,6 +53,7 @@ class ProposalScorer:
         metric: The metric whose contribution per sample is recorded.
         peers: The processes that share the data.
         progress: Called with phase, done and total, in samples.
+        store: Scores of an earlier search, and where new ones go.
     """
 
     def __init__(
@@ -60,12 +63,14 @@ class ProposalScorer:
         metric: Metric,
         peers: Peers,
         progress: PhaseProgress | None,
+        store: ScoreStore,
     ) -> None:
         self.run = run
         self.call = call
         self.metric = metric
         self.peers = peers
         self.progress = progress
+        self.store = store
 
     def variants(self, proposals: Sequence[Proposal]) -> list[Variant]:
         """Return the candidates of proposals.
@@ -80,14 +85,46 @@ class ProposalScorer:
         return variants
 
     def score(self, variants: Sequence[Variant]) -> list[Scored]:
-        """Score candidates in as few passes as memory allows.
+        """Score candidates in as few passes as memory allows; stored scores are used.
 
         Raises:
             CkptavgError: As for ``evaluate``.
         """
-        if not variants:
-            return []
-        candidates = [variant.candidate for variant in variants]
+        keys = [self._key_of(variant) for variant in variants]
+        missing: list[Variant] = []
+        for variant, key in zip(variants, keys, strict=True):
+            if self.store.find(key) is None:
+                missing.append(variant)
+        key_of = {id(v.candidate): k for v, k in zip(variants, keys, strict=True)}
+        new: dict[str, Scored] = {}
+
+        def keep(results: Sequence[Sequence[Result]]) -> None:
+            """Store the results of the passes so far."""
+            by_candidate = {id(result.candidate): result for result in results[0]}
+            for variant in missing:
+                key = key_of[id(variant.candidate)]
+                result = by_candidate.get(id(variant.candidate))
+                if result is not None and key not in new:
+                    new[key] = _as_scored(variant.proposal, result, self.metric)
+                    self.store.add(key, new[key])
+            self.store.save()
+
+        if missing:
+            self._score_on([variant.candidate for variant in missing], keep)
+        scored: list[Scored] = []
+        for variant, key in zip(variants, keys, strict=True):
+            entry = self.store.find(key)
+            if key in new:
+                scored.append(new[key])
+            elif entry is not None:
+                scored.append(Scored(variant.proposal, **restore(entry)))
+        return scored
+
+    def _score_on(
+        self,
+        candidates: Sequence[Candidate],
+        on_results: Callable[[Sequence[Sequence[Result]]], None],
+    ) -> None:
         call, peers = self.call, self.peers
         training = None
         if call.training is not None and any(candidate.recompute for candidate in candidates):
@@ -95,7 +132,7 @@ class ProposalScorer:
                 call.training, call.runtime, shuffle=True, subset=call.subset, peers=peers
             )
         data = open_loader(call.data, call.runtime, shuffle=False, peers=peers)
-        (results,) = score_on(
+        score_on(
             candidates,
             call.model,
             {"evaluation": data},
@@ -106,14 +143,16 @@ class ProposalScorer:
             exclude=call.excluded,
             progress=self.progress,
             peers=peers,
+            on_results=on_results,
             # The search compares candidates itself, all at once.
             as_points=True,
             sample_metric=self.metric.key,
         )
-        scored: list[Scored] = []
-        for variant, result in zip(variants, results, strict=True):
-            scored.append(_as_scored(variant.proposal, result, self.metric))
-        return scored
+
+    def _key_of(self, variant: Variant) -> str:
+        """Return the key of a candidate's stored scores."""
+        (key,) = keys_of([variant.candidate], self.call.identify)
+        return f"{key}-{self.metric.key}"
 
     def _candidates(self, proposal: Proposal) -> list[Candidate]:
         """Return a proposal's candidates: one, or one per way of its statistics."""

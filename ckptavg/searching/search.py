@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from ckptavg.searching.result import Judgement, SearchResult
 from ckptavg.searching.scoring import ProposalScorer
 from ckptavg.searching.soup import GreedySoup
 from ckptavg.searching.split import Split, split_samples
+from ckptavg.searching.store import ScoreStore
 from ckptavg.searching.verdict import judge
 from ckptavg.tasks import Metric, Samples, Task
 from ckptavg.tasks.named import as_task
@@ -68,6 +70,8 @@ def search(
     workers: int = 0,
     seed: int = 0,
     bn_samples: int | Subset | None = None,
+    results: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: ProgressLike = None,
 ) -> SearchResult:
     """Search the best average of a run, and judge it on samples that had no say in choosing it.
@@ -97,6 +101,9 @@ def search(
         workers: As for ``evaluate``.
         seed: Seed of the split, of the test and of the training data's order.
         bn_samples: As for ``evaluate``.
+        results: ``.json`` file for every candidate with its scores, written after each pass.
+        resume: True to score only what ``results`` does not hold for the same weights, model, data
+            and options.
         progress: As for ``evaluate``.
 
     Returns:
@@ -119,19 +126,17 @@ def search(
         as_run(run), call, find_metric(task, metric), check_families(families), budget,
         report_data, select_fraction, repeats,
     )  # fmt: skip
+    store = ScoreStore(results, resume=resume, peers=find_peers())
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
-        result = run_search(plan, reporter)
-    return replace(result, notes=(*result.notes, *notes))
+        result = _run(plan, store, reporter)
+    result = replace(result, notes=tuple(notes))
+    store.save(result.as_json())
+    return result
 
 
-def run_search(plan: SearchPlan, progress: PhaseProgress | None = None) -> SearchResult:
-    """Search as ``search`` does.
-
-    Args:
-        plan: All that decides the search.
-        progress: Called with phase, done and total, in samples.
-    """
-    searcher = _Searcher(plan, progress)
+def _run(plan: SearchPlan, store: ScoreStore, progress: PhaseProgress | None) -> SearchResult:
+    """Score, elect and judge."""
+    searcher = _Searcher(plan, store, progress)
     candidates = searcher.score_all()
     election = searcher.elect(candidates, searcher.split)
     judgement = searcher.judge(election)
@@ -153,14 +158,15 @@ def run_search(plan: SearchPlan, progress: PhaseProgress | None = None) -> Searc
 class _Searcher:
     """One search: the candidates scored so far, and the split of the samples."""
 
-    def __init__(self, plan: SearchPlan, progress: PhaseProgress | None) -> None:
+    def __init__(self, plan: SearchPlan, store: ScoreStore, progress: PhaseProgress | None) -> None:
         self.plan = plan
+        self.store = store
         self.progress = progress
         self.names = short_names([checkpoint.path for checkpoint in plan.run])
         self.catalogue = Catalogue.of_run(RunRecord.of_run(plan.run), self.names, plan.families)
         for family, reason in self.catalogue.left_out.items():
             log.info("the family %s is left out: %s", family, reason)
-        self.scorer = ProposalScorer(plan.run, plan.call, plan.metric, find_peers(), progress)
+        self.scorer = self._make_scorer(plan.call)
         self.scored: list[Scored] = []
         self._split: Split | None = None
 
@@ -195,6 +201,11 @@ class _Searcher:
     def elect(self, candidates: Sequence[Scored], split: Split) -> Election:
         """Elect on the samples of a split that choose."""
         return elect(candidates, self.plan.metric, split.selection, seed=self.plan.seed)
+
+    def _make_scorer(self, call: EvaluationCall) -> ProposalScorer:
+        return ProposalScorer(
+            self.plan.run, call, self.plan.metric, find_peers(), self.progress, self.store
+        )
 
     def _count(self) -> int:
         """Return the number of proposals scored so far."""
@@ -261,7 +272,7 @@ class _Searcher:
         plan = self.plan
         assert plan.report_data is not None
         call = replace(plan.call, data=plan.report_data)
-        scorer = ProposalScorer(plan.run, call, plan.metric, find_peers(), self.progress)
+        scorer = self._make_scorer(call)
         variants = scorer.variants([winner.proposal, last.proposal])
         wanted = [
             variant

@@ -38,6 +38,8 @@ class SearchOptions:
         budget: Largest number of candidates.
         decisive: Metric that decides; None for the task's first.
         report_data: Data that judge; None to divide the evaluation data.
+        results: File of all scores; None for none.
+        resume: True to score only what the file does not hold.
         select_fraction: Share of the evaluation data that chooses.
         repeats: Number of further splits.
         fail_if_worse: True to exit with 3 if nothing is better than the last checkpoint.
@@ -49,6 +51,8 @@ class SearchOptions:
     budget: int
     decisive: str | None
     report_data: str | None
+    results: str | None
+    resume: bool
     select_fraction: float
     repeats: int
     fail_if_worse: bool
@@ -77,6 +81,14 @@ class SearchOptions:
 @option(
     _SEARCH, "--report-data", metavar="SPEC", common=True,
     help="Data that judge the winner, which choose nothing.  [default: a part of --data]",
+)  # fmt: skip
+@option(
+    _SEARCH, "--results", type=click.Path(dir_okay=False), metavar="FILE.json", common=True,
+    help="Keep every candidate with its scores in FILE.json.",
+)  # fmt: skip
+@option(
+    _SEARCH, "--resume", is_flag=True, common=True,
+    help="Score only what FILE.json of --results does not hold yet.",
 )  # fmt: skip
 @option(
     _SEARCH, "--select-fraction", type=float, default=0.5, show_default=True, metavar="F",
@@ -134,7 +146,8 @@ def search(
             result = library.search(
                 selection, scoring.model, scoring.data, report_data=report_data,
                 select_fraction=options.select_fraction, families=families, budget=options.budget,
-                metric=options.decisive, repeats=options.repeats, progress=progress,
+                metric=options.decisive, repeats=options.repeats, results=options.results,
+                resume=options.resume, progress=progress,
                 **scoring.keywords,
             )  # fmt: skip
         if options.out is not None and result.verdict.outcome != "keep-last":
