@@ -19,7 +19,7 @@ from ckptavg.errors import EvaluationError, UsageError
 from ckptavg.errors.system import guard_writes
 from ckptavg.io.atomic import Publication
 from ckptavg.landscape.landscape import Kind, Landscape
-from ckptavg.plots.figures import curve, geometry, rays, segment, surface
+from ckptavg.plots.figures import curve, ensemble, geometry, rays, reliability, segment, surface
 from ckptavg.plots.panels import (
     Key,
     Layout,
@@ -61,6 +61,8 @@ DRAWINGS: Mapping[Kind, Drawing] = {
     "curve": Drawing(curve.arrange, curve.draw),
     "segment": Drawing(segment.arrange, segment.draw),
     "rays": Drawing(rays.arrange, rays.draw),
+    "ensemble": Drawing(ensemble.arrange, ensemble.draw),
+    "reliability": Drawing(reliability.arrange, reliability.draw),
     "geometry": Drawing(geometry.arrange, geometry.draw),
 }
 
@@ -87,9 +89,7 @@ def draw(
     """
     if not landscape.points:
         raise EvaluationError("there is no point to draw", "Score at least one point.")
-    drawing = DRAWINGS.get(landscape.kind)
-    if drawing is None:
-        raise UsageError(f"there is no figure of kind {landscape.kind} yet")
+    drawing = DRAWINGS[landscape.kind]
     layout = drawing.layout(landscape)
     if ax is not None:
         return _draw_on(landscape, drawing, _as_panels(ax, layout, landscape.kind))

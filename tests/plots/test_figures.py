@@ -8,7 +8,18 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from sample_landscapes import SAMPLES, curve, geometry, mark, plane, rays, segment, two_runs
+from sample_landscapes import (
+    SAMPLES,
+    curve,
+    ensemble,
+    geometry,
+    mark,
+    plane,
+    rays,
+    reliability,
+    segment,
+    two_runs,
+)
 
 from ckptavg.errors import EvaluationError, SpecError, UsageError
 
@@ -222,6 +233,37 @@ def test_rays_without_widths_draw():
     facts = {**landscape.facts, "rise": None, "widths": []}
     figure, _ = replace(landscape, facts=facts).plot()
     assert "average, mean of 10 directions" in legend_texts(figure)[0]
+
+
+def test_ensemble_panels_have_scores_and_distances_of_outputs():
+    landscape = ensemble()
+    figure, (error, loss, outputs) = landscape.plot()
+    assert outputs.get_ylabel().replace("\n", " ") == "mean L2 distance of outputs"
+    assert error.get_xlabel() == "number of checkpoints"
+    for series in ("average", "ensemble"):
+        points = [point for point in landscape.points if point.series == series]
+        line_on(error, [p.x for p in points], [100 - p.data["top1"] for p in points])
+        line_on(loss, [p.x for p in points], [p.data["nll"] for p in points])
+    gaps = [point.data.get("output_gap", math.nan) for point in points]
+    line_on(outputs, [p.x for p in points], gaps)
+    assert outputs.get_ylim()[1] > 0.35
+    assert "single checkpoint's outputs to the average's" in legend_texts(figure)[0]
+
+
+def test_reliability_bars_are_the_counts():
+    landscape = reliability()
+    figure, (diagram, counts) = landscape.plot()
+    assert (diagram.get_ylabel(), counts.get_xlabel()) == ("share that is right", "confidence")
+    points = [point for point in landscape.points if point.series == "average"]
+    line_on(diagram, [point.x for point in points], [point.y for point in points])
+    line_on(diagram, [1 / 15, 1], [1 / 15, 1])
+    bars = counts.containers[1]
+    assert [bar.get_height() for bar in bars] == [point.data["n"] for point in points]
+    for bar, point in zip(bars, points, strict=True):
+        # Each bar stands within its bin of 15.
+        assert int(bar.get_x() * 15) == int((bar.get_x() + bar.get_width()) * 15)
+        assert int(bar.get_x() * 15) == int(point.x * 15)
+    assert "average: ECE 0.0200" in legend_texts(figure)[0]
 
 
 def test_geometry_panels_have_the_series():

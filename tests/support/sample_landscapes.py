@@ -134,7 +134,10 @@ def curve(checkpoints=30, train=True, rates=True):
         rate = (0.05 if number % 2 else 0.001) if rates else None
         marks.append(mark(f"step_{step}.pt", step, None, 0.0, scores, step, rate))
     ordered = [point for series in points.values() for point in series]
-    return Landscape("curve", ("step", ""), CLASSIFICATION, tuple(ordered), tuple(marks))
+    facts = {"lines": [{"series": name, "run": "swa", "line": name} for name in points]}
+    return Landscape(
+        "curve", ("step", ""), CLASSIFICATION, tuple(ordered), tuple(marks), facts=facts
+    )
 
 
 def two_runs():
@@ -144,7 +147,13 @@ def two_runs():
     for point in second.points:
         data = {"top1": point.data["top1"] - 1.5, "nll": point.data["nll"] + 0.05}
         points.append(replace(point, data=data, interval={}, series=f"cyclical: {point.series}"))
-    return replace(first, points=tuple(points), checkpoints=first.checkpoints + second.checkpoints)
+    lines = []
+    for run in ("constant", "cyclical"):
+        for entry in first.facts["lines"]:
+            series = f"{run}: {entry['line']}"
+            lines.append({"series": series, "run": run, "line": entry["line"]})
+    marks = first.checkpoints + second.checkpoints
+    return replace(first, points=tuple(points), checkpoints=marks, facts={"lines": lines})
 
 
 def segment(barrier=True, holes=(), beyond=0):
@@ -206,6 +215,43 @@ def rays(directions=10, radius=40.0):
     )
 
 
+def ensemble(checkpoints=12):
+    """The average and the ensemble of more and more checkpoints."""
+    points = []
+    for series, floor in (("average", 5.2), ("ensemble", 5.0)):
+        for count in range(1, checkpoints + 1):
+            error = floor + (9 - floor) / count
+            data = {"top1": 100 - error, "nll": error / 30}
+            if series == "ensemble" and count > 1:
+                data |= {"output_gap": 0.04 + 0.05 / count, "last_gap": 0.3 + 0.1 / count}
+            points.append(Point(count, None, None, data, None, interval(error), series))
+    gaps = (
+        Metric("output_gap", "ensemble's outputs to the average's", ".4f", None),
+        Metric("last_gap", "single checkpoint's outputs to the average's", ".4f", None),
+    )
+    lines = [{"series": name, "run": "", "line": name} for name in ("average", "ensemble")]
+    return Landscape(
+        "ensemble", ("number of checkpoints", ""), (*CLASSIFICATION, *gaps), tuple(points),
+        facts={"lines": lines},
+    )  # fmt: skip
+
+
+def reliability(names=("epoch_200.pt (last)", "average", "ensemble"), samples=10_000):
+    """Bins of candidates that are more and more careful."""
+    points, ece = [], {}
+    for number, name in enumerate(names):
+        for position in range(1, 15):
+            confidence = (position + 0.6) / 15
+            share = confidence ** (1.35 - 0.15 * number)
+            count = max(int(samples * math.exp(1.1 * (position - 14))), 3)
+            half = 1.96 * math.sqrt(share * (1 - share) / count)
+            ends = {"accuracy": (max(share - half, 0.0), min(share + half, 1.0))}
+            points.append(Point(confidence, share, data={"n": count}, interval=ends, series=name))
+        ece[name] = 0.03 - 0.01 * number
+    axes = ("confidence", "share that is right")
+    return Landscape("reliability", axes, CLASSIFICATION, tuple(points), facts={"ece": ece})
+
+
 def geometry(checkpoints=20):
     """Checkpoints on a sphere around their mean."""
     noise = random.Random(2)
@@ -240,6 +286,9 @@ SAMPLES = {
     "segment": segment,
     "segment-flat": lambda: segment(barrier=False, holes=(4, 5), beyond=4),
     "rays": rays,
+    "ensemble": ensemble,
+    "reliability": reliability,
+    "reliability-each": lambda: reliability(tuple(f"epoch_{n}.pt" for n in range(9)), 200),
     "geometry": geometry,
     "geometry-many": lambda: geometry(200),
     "geometry-three": lambda: geometry(3),

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 # A learning rate that varies by this factor gets a logarithmic axis.
 _DECADES = 20.0
-# Series of a landscape of several runs are named "RUN: LINE".
-_SEPARATOR = ": "
 
 
 @dataclass(frozen=True)
@@ -30,33 +28,39 @@ class Curve:
     """A series with its look.
 
     Attributes:
-        name: Name of the series.
+        run: Name of its run.
+        line: Its name among the lines of the run.
         points: Its points.
         style: Its look.
     """
 
-    name: str
+    run: str
+    line: str
     points: Sequence[Point]
     style: LineStyle
 
 
 def curves_of(landscape: Landscape) -> list[Curve]:
-    """Return the series with their looks: of several runs, each has its colour and marker."""
+    """Return the series with their looks: of several runs, each has its colour and marker.
+
+    ``facts["lines"]`` tells which run and which of its lines a series is.
+    """
+    names = {entry["series"]: entry for entry in landscape.facts.get("lines", ())}
     series = points_by_series(landscape)
-    runs: dict[str, None] = {}
-    lines: dict[str, None] = {}
-    for name in series:
-        run, _, line = name.rpartition(_SEPARATOR)
-        runs[run] = None
-        lines[line] = None
+    runs: dict[str, int] = {}
+    lines: dict[str, int] = {}
     curves: list[Curve] = []
+    for name in series:
+        known = names.get(name, {"run": "", "line": name})
+        runs.setdefault(known["run"], len(runs))
+        lines.setdefault(known["line"], len(lines))
     for name, points in series.items():
-        run, _, line = name.rpartition(_SEPARATOR)
-        number = [*lines].index(line)
-        style = line_style(number)
+        known = names.get(name, {"run": "", "line": name})
+        run, line = known["run"], known["line"]
+        style = line_style(lines[line])
         if len(runs) > 1:
-            style = line_style([*runs].index(run), dash=number)
-        curves.append(Curve(name, points, style))
+            style = line_style(runs[run], dash=lines[line])
+        curves.append(Curve(run, line, points, style))
     return curves
 
 
@@ -100,6 +104,27 @@ def draw(landscape: Landscape, panels: Sequence[Axes]) -> Key:
     """Draw a line per series; return the legend."""
     curves = curves_of(landscape)
     quantities = curve_quantities(landscape)
+    key = draw_curves(curves, quantities, panels)
+    if len(panels) > len(quantities):
+        _draw_rates(landscape, panels[-1], curves)
+    label_axes(panels[-1], x=landscape.axes[0])
+    write_steps(panels[-1])
+    return key
+
+
+def draw_curves(
+    curves: Sequence[Curve], quantities: Sequence[Quantity], panels: Sequence[Axes]
+) -> Key:
+    """Draw all lines on a panel per quantity, with what was measured on training data.
+
+    Args:
+        curves: The lines.
+        quantities: Metrics on the evaluation data.
+        panels: A panel per quantity; further ones are left alone.
+
+    Returns:
+        The legend.
+    """
     key = _key_of(curves)
     banded = trained = False
     for panel, quantity in zip(panels, quantities, strict=False):
@@ -116,29 +141,26 @@ def draw(landscape: Landscape, panels: Sequence[Axes]) -> Key:
         key.add(Patch(facecolor=GREY, alpha=2 * BAND, linewidth=0), "95 % intervals")
     if trained:
         key.add(sample_of(LineStyle(GREY, "-", "none"), training=True), "on training data")
-    if len(panels) > len(quantities):
-        _draw_rates(landscape, panels[-1], curves)
-    label_axes(panels[-1], x=landscape.axes[0])
-    write_steps(panels[-1])
     return key
 
 
 def _key_of(curves: Sequence[Curve]) -> Key:
     """Explain the lines: one by one, or colours of runs and dashes of lines."""
     key = Key()
-    runs = {curve.name.rpartition(_SEPARATOR)[0]: curve.style for curve in reversed(curves)}
-    if len(runs) == 1:
-        for curve, name in zip(curves, short_names([curve.name for curve in curves]), strict=True):
-            key.add(sample_of(curve.style), name or "scores")
-        return key
-    styles = [*runs.values()][::-1]
-    for style, name in zip(styles, short_names([*runs][::-1]), strict=True):
-        key.add(sample_of(replace(style, dash="-")), name or "other")
+    runs: dict[str, LineStyle] = {}
     lines: dict[str, LineStyle] = {}
     for curve in curves:
-        lines.setdefault(curve.name.rpartition(_SEPARATOR)[2], curve.style)
-    for name, style in lines.items():
-        key.add(sample_of(LineStyle(GREY, style.dash, "none")), name)
+        runs.setdefault(curve.run, curve.style)
+        lines.setdefault(curve.line, curve.style)
+    several = len(runs) > 1
+    if several:
+        for style, name in zip(runs.values(), short_names([*runs]), strict=True):
+            key.add(sample_of(replace(style, dash="-")), name or "other")
+    for style, name in zip(lines.values(), short_names([*lines]), strict=True):
+        sample = style
+        if several:
+            sample = LineStyle(GREY, style.dash, "none")
+        key.add(sample_of(sample), name or "scores")
     return key
 
 
