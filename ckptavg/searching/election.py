@@ -119,3 +119,35 @@ def elect(
         if not candidate.is_finite:
             ranking.append(Ranked(candidate, math.nan, 0.0, plateau=False))
     return Election(tuple(ranking), winner)
+
+
+def measure_contributions(ranking: Sequence[Ranked], count: int) -> tuple[float | None, ...]:
+    """Measure what each checkpoint contributes to the mean of all: the metric with it less without.
+
+    Statistics count as recomputed where they were.
+
+    Args:
+        ranking: Candidates, among them the mean of all and the means of all but one.
+        count: Number of checkpoints of the run.
+
+    Returns:
+        A difference per checkpoint in the metric's unit, None where a mean was not scored; empty if
+        there is none at all.
+    """
+    scores: dict[tuple[int, ...], float] = {}
+    for ranked in ranking:
+        recipe = ranked.scored.proposal.recipe
+        is_mean = recipe.scheme == "uniform" and recipe.weights is None
+        if is_mean and (ranked.scored.bn == "recomputed" or recipe.positions not in scores):
+            scores[recipe.positions] = ranked.select
+    everything = tuple(range(count))
+    contributions: list[float | None] = []
+    for position in everything:
+        without = tuple(other for other in everything if other != position)
+        if everything in scores and without in scores:
+            contributions.append(scores[everything] - scores[without])
+        else:
+            contributions.append(None)
+    if all(contribution is None for contribution in contributions):
+        return ()
+    return tuple(contributions)

@@ -13,11 +13,12 @@ from ckptavg.errors.spelling import close_names, did_you_mean
 
 Family = Literal[
     "last", "checkpoint", "window", "sliding", "ema", "linear", "wsm", "power", "pair", "soup",
-    "without one",
+    "without-one",
 ]  # fmt: skip
 SearchedFamily = Literal[
-    "checkpoint", "window", "sliding", "ema", "linear", "wsm", "power", "pair", "soup"
-]
+    "checkpoint", "window", "sliding", "ema", "linear", "wsm", "power", "pair", "soup",
+    "without-one",
+]  # fmt: skip
 """Families that a search can be asked for; the last checkpoint always stands for election."""
 
 T = TypeVar("T")
@@ -171,6 +172,22 @@ def propose_pairs(count: int, names: Sequence[str]) -> list[Proposal]:
     return proposals
 
 
+def propose_without_one(count: int, names: Sequence[str]) -> list[Proposal]:
+    """Propose the means of all checkpoints but one, which tell what that one contributes."""
+    if count < 3:
+        return []
+    proposals: list[Proposal] = []
+    for position in coarse_first(range(count)):
+        positions = tuple(other for other in range(count) if other != position)
+        proposals.append(
+            Proposal(
+                f"mean of all but {names[position]}", "without-one", _uniform(count, positions), 1,
+                (position,), Recipe(positions),
+            )
+        )  # fmt: skip
+    return proposals
+
+
 def propose_schemes(family: Family, record: RunRecord) -> list[Proposal]:
     """Propose a scheme with several values of its option, for all checkpoints.
 
@@ -235,6 +252,7 @@ class Catalogue:
             "window": lambda: propose_windows(count),
             "sliding": lambda: propose_sliding(count, names),
             "pair": lambda: propose_pairs(count, names),
+            "without-one": lambda: propose_without_one(count, names),
         }
         last = propose_last(count, f"{names[-1]} (last)")
         seen = {_rounded(last.coefficients)}

@@ -13,6 +13,7 @@ from ckptavg.averaging.api import average
 from ckptavg.display.tables import NOTHING, Cell, Column, Row, Table
 from ckptavg.errors.printable import without_secrets
 from ckptavg.evaluation.significance import Difference
+from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.searching.election import Ranked
 from ckptavg.searching.plan import SearchPlan
 from ckptavg.searching.verdict import Verdict, Words, write_command
@@ -62,8 +63,8 @@ class SearchResult:
             checkpoint won.
         verdict: The answer in a sentence.
         command: Command line that makes the winner; empty to keep the last checkpoint.
-        contributions: Per checkpoint, the loss of the metric on the choosing samples if the mean of
-            all is made without it; empty if not measured.
+        contributions: Per checkpoint, the metric of the mean of all less that of the mean without
+            it, on the samples that choose; None where not scored, empty where none was.
         stability: How often each family won when the samples were split anew; empty if not asked.
         counts: Word for the samples.
         selection_count: Number of samples that chose.
@@ -78,7 +79,7 @@ class SearchResult:
     counts: str
     selection_count: int
     command: str = ""
-    contributions: tuple[float, ...] = ()
+    contributions: tuple[float | None, ...] = ()
     stability: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -163,6 +164,21 @@ class SearchResult:
             "p": ranked.p,
             "plateau": ranked.plateau,
         }
+
+    def contribution_table(self) -> Table | None:
+        """Make the table of what each checkpoint contributes; None where that is not known."""
+        if not any(value is not None for value in self.contributions):
+            return None
+        names = short_names([checkpoint.path for checkpoint in self.plan.run])
+        rows: list[Row] = []
+        for name, contribution in zip(names, self.contributions, strict=True):
+            text = NOTHING
+            if contribution is not None:
+                text = format(contribution, f"+{self.metric.form}")
+            rows.append(Row((Cell(name), Cell(text))))
+        columns = (Column("checkpoint", "name"), Column(f"Δ {self.metric.title}", "number"))
+        title = "what each checkpoint contributes to the mean of all"
+        return Table(title, columns, tuple(rows), ("Δ: the mean with it less the mean without it",))
 
     def table(self) -> Table:
         """Make the table of the ranking: the best few of each family, and the last checkpoint."""

@@ -27,7 +27,7 @@ from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.runtime import Runtime
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.runs.run import RunLike, as_run
-from ckptavg.searching.election import Election, Scored, elect
+from ckptavg.searching.election import Election, Scored, elect, measure_contributions
 from ckptavg.searching.families import Catalogue, Proposal, SearchedFamily, check_families
 from ckptavg.searching.plan import SearchPlan, find_metric
 from ckptavg.searching.result import Judgement, SearchResult
@@ -150,6 +150,7 @@ def _run(plan: SearchPlan, store: ScoreStore, progress: PhaseProgress | None) ->
     verdict = judge(winner.name, proposal.size, plan.metric, difference, others, counts)
     result = SearchResult(
         plan, election.ranking, winner, judgement, verdict, counts, len(searcher.split.selection),
+        contributions=measure_contributions(election.ranking, len(plan.run)),
         stability=searcher.split_anew(candidates),
     )  # fmt: skip
     return replace(result, command=result.word_command(result.words()))

@@ -143,6 +143,17 @@ def test_search_needs_finite_outputs_of_the_last(tmp_path):
         search(ckptavg.open_run(tmp_path / "run"), Linear(), DATA)
 
 
+def test_search_tells_what_each_checkpoint_contributes(run):
+    result = search(run, Linear(), DATA, families=["window", "without-one"])
+    by_name = {ranked.name: ranked.select for ranked in result.ranking}
+    whole = by_name["mean of all 8"]
+    assert len(result.contributions) == 8
+    assert result.contributions[3] == whole - by_name["mean of all but step_4.pt"]
+    # The mean without the first is a window of the last seven.
+    assert result.contributions[0] == whole - by_name["mean of the last 7"]
+    assert search(run, Linear(), DATA, families=["linear"]).contributions == ()
+
+
 def test_search_recomputes_statistics(tmp_path):
     run = save_run(tmp_path / "run")
     result = search(run, Net(), data_of(2, 90), train_data=data_of(1, 90), families=["window"])

@@ -67,8 +67,8 @@ class SearchOptions:
 @option(_SEARCH, "--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @option(
     _SEARCH, "--try", "families", metavar="NAME,...", common=True,
-    help="Families: checkpoint, window (the last k), sliding, ema, linear, wsm, power, pair, soup."
-    "  [default: all but pair]",
+    help="Families: checkpoint, window (the last k), sliding, ema, linear, wsm, power, pair, soup, "
+    "without-one (what each checkpoint contributes).  [default: all but pair and without-one]",
 )  # fmt: skip
 @option(
     _SEARCH, "--budget", type=positive, default="64", show_default=True, metavar="N", common=True,
@@ -191,6 +191,9 @@ def _words(
 def _show(report: Report, result: SearchResult, options: SearchOptions) -> None:
     """Print ranking, verdict and command; exit with 3 if that was asked for."""
     report.draw(result.table())
+    contributions = result.contribution_table()
+    if contributions is not None:
+        report.draw(contributions)
     report.line(result.verdict.text)
     if result.command:
         report.line(result.command)
