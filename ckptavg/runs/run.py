@@ -151,9 +151,10 @@ class Run:
 
         Args:
             count: Number of checkpoints, or a share such as ``"10%"``: the checkpoints with a step
-                above 90 % of the training's last step. Where a step is not known, it is the share
-                of the checkpoints, rounded to the nearest number, and a note says so. One
-                checkpoint is selected at least.
+                above 90 % of the last step, which is that of the last checkpoint that earlier
+                selections left. Where a step is not known, it is the share of the checkpoints,
+                rounded to the nearest number, and a note says so. One checkpoint is selected at
+                least.
 
         Raises:
             UsageError: The argument is neither a number from 1 on nor a share.

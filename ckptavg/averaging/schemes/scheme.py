@@ -103,7 +103,10 @@ class Scheme:
             raise RunError("there is no checkpoint to average")
         coefficients = self._apply(record)
         if not math.fsum(coefficients) > 0:
-            raise RunError(f"the coefficients of {self.text} do not have a positive sum")
+            raise RunError(
+                f"the coefficients of {self.text} do not have a positive sum for these checkpoints",
+                "Choose other options, another scheme or other checkpoints.",
+            )
         return coefficients
 
     def note(self, coefficients: Sequence[float], run: RunRecord | Steps | None = None) -> str:

@@ -176,6 +176,13 @@ def test_posthoc_ema_error_says_what_is_missing(text, record, words):
     assert caught.value.remedy
 
 
+def test_posthoc_ema_refuses_a_sum_below_0():
+    # Snapshots that hold next to nothing of the target.
+    record = record_of([(990, 0.001), (1, 0.01), (999, 0.1), (990, 0.2)])
+    with pytest.raises(RunError, match="do not have a positive sum"):
+        coefficients("posthoc-ema:sigma=0.01", record)
+
+
 @pytest.mark.parametrize("sigmas", ["", "0.05,0.1", "0.05/", "0.05/0.5"])
 def test_posthoc_ema_refuses_wrong_sigmas(sigmas):
     with pytest.raises(UsageError):
