@@ -23,6 +23,10 @@ from ckptavg.runs.discovery.ranks import refuse_parts
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.run import RunLike, as_run
 
+_NEGATIVE_VARIANCES = (
+    "coefficients below 0 can make averaged running variances negative: recompute them"
+)
+
 
 @dataclass(frozen=True)
 class Average:
@@ -62,6 +66,11 @@ class Average:
         elif len(frozen) == len(layers):
             state = "frozen"
         return Statistics(state, layers, frozen)
+
+    def for_recomputing(self) -> Average:
+        """Return the same average without the note that its statistics should be recomputed."""
+        notes = tuple(note for note in self.plan.notes if note is not _NEGATIVE_VARIANCES)
+        return replace(self, plan=replace(self.plan, notes=notes))
 
     def provenance(self) -> Provenance:
         """Record the origin of the average."""
@@ -126,8 +135,7 @@ def plan_average(
         plan = replace(plan, notes=(note, *plan.notes))
     average = Average(plan, chosen, run.members)
     if min(coefficients) < 0 and average.batchnorm == "stale":
-        note = "coefficients below 0 can make averaged running variances negative: recompute them"
-        average = replace(average, plan=replace(plan, notes=(*plan.notes, note)))
+        average = replace(average, plan=replace(plan, notes=(*plan.notes, _NEGATIVE_VARIANCES)))
     return average
 
 

@@ -207,9 +207,13 @@ def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[
             sources[id(weight_set.source)] = weight_set.source
     if not any(isinstance(source, Average) for source in sources.values()):
         return {}
+    kept = {id(weight_set.source) for weight_set in group if not weight_set.recompute}
     averages = []
-    for source in sources.values():
-        averages.append(source if isinstance(source, Average) else as_average(source))
+    for source_id, source in sources.items():
+        average = source if isinstance(source, Average) else as_average(source)
+        if source_id not in kept:
+            average = average.for_recomputing()
+        averages.append(average)
     state_dicts = compute_state_dicts(averages, keep_nonfinite=keep_nonfinite)
     return dict(zip(sources, state_dicts, strict=True))
 

@@ -311,3 +311,14 @@ def test_resume_keys_tell_steps_apart(checkpoints):
     ))]  # fmt: skip
     keys = keys_of(candidates, lambda _: Identity({}))
     assert len(set(keys)) == 4
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_load_models_advises_to_recompute_only_where_nobody_does(tmp_path, caplog, recompute):
+    caplog.set_level("INFO", "ckptavg")
+    states = [nn.BatchNorm1d(2).state_dict() for _ in range(2)]
+    states[1]["running_mean"] += 1
+    run = opened(tmp_path, states)
+    candidate = Candidate.of_average(run, weights=[-0.25, 1.25], recompute=recompute)
+    load_models([*WeightSets([candidate])], nn.BatchNorm1d(2), CPU)
+    assert ("negative: recompute them" in caplog.text) is not recompute

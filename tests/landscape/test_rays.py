@@ -18,6 +18,7 @@ from ckptavg.landscape.lines import radius as radius_module
 from ckptavg.landscape.lines.radius import round_up
 from ckptavg.landscape.lines.widths import (
     Width,
+    compare_widths,
     describe_widths,
     find_crossing,
     mean_interval,
@@ -212,14 +213,14 @@ def test_rays_resume(run, tmp_path, monkeypatch):
 
 
 def test_radius_is_a_multiple_of_the_distance_at_which_the_loss_rises(valley):
-    # ‖w − w*‖² rises by 1 at t = 1 from the optimum. The distance of the centers is 0.5.
-    landscape = quadratic_rays(valley, radius=None)
-    d = direction(0)
-    wanted = next(
-        radius
-        for radius in (0.25, 0.5, 1, 2, 4, 8)
-        if min(radius**2, float((OFFSET.double() + radius * d).square().sum()) - 0.25) >= 1
-    )
+    # The distance of the centers is 0.5. The margin is half the rise.
+    landscape = quadratic_rays(valley, radius=None, directions=4)
+
+    def least_rise(radius):
+        moved = [OFFSET.double() + radius * direction(number) for number in range(3)]
+        return min(radius**2, *(float(w.square().sum()) - 0.25 for w in moved))
+
+    wanted = next(radius for radius in (0.25, 0.5, 1, 2, 4, 8) if least_rise(radius) >= 1.5)
     assert landscape.facts["radius"] == wanted
     assert any("times the distance between the centers" in note for note in landscape.notes)
 
@@ -229,8 +230,10 @@ def test_radius_ends_where_the_loss_rises_little(valley):
     assert landscape.facts["radius"] == 8
     assert landscape.facts["widths"][0]["beyond"] == 3
     assert landscape.facts["widths"][0]["mean"] is None
-    assert landscape.facts["differences"] == []
-    assert "is not reached within 8 of average in 3 of 3 directions" in landscape.facts["text"]
+    assert landscape.facts["differences"] == [
+        {"center": "last", "mean": None, "low": None, "high": None, "wider": None}
+    ]
+    assert "is reached nowhere within 8 from average" in landscape.facts["text"]
 
 
 @pytest.mark.parametrize(
@@ -326,9 +329,25 @@ def test_widths_in_a_sentence(first, second, verdict):
     assert text.endswith("(mean and 95 % interval over 3 directions)")
 
 
+def test_widths_that_are_not_reached_are_compared_by_signs():
+    none = (None,) * 2
+    wide, narrow = Width("average", (7.0,) * 4 + none), Width("last", (3.0,) * 6)
+    # 6 of 6 by chance: 2 / 64.
+    assert compare_widths(wide, narrow).wider == "average"
+    assert compare_widths(narrow, wide).wider == "average"
+    text = describe_widths([wide, narrow], RISE, 8.0)
+    assert text == (
+        f"average is wider than last: {RISE} is reached in 4 of 6 within 8 from average and at "
+        "t = 3 (3 to 3) from last (mean and 95 % interval over 6 directions)"
+    )
+    # 5 of 5 by chance: 2 / 32, more than 5 %. Directions that neither reaches tell nothing.
+    five = Width("average", (7.0,) * 4 + none), Width("last", (3.0,) * 5 + (None,))
+    assert compare_widths(*five).wider is None
+
+
 def test_widths_of_one_direction_have_no_verdict():
     text = describe_widths([Width("a", (5.0,)), Width("b", (1.0,))], RISE, 8.0)
     assert text == (
-        f"a and b cannot be told apart in width: {RISE} is reached at t = 5 against 1 "
-        "(in one direction)"
+        f"a and b cannot be told apart in width: {RISE} is reached at t = 5 from a and at t = 1 "
+        "from b (in one direction)"
     )

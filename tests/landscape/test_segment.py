@@ -133,10 +133,9 @@ def test_segment_barrier_of_a_double_well_by_hand(tmp_path):
     assert barriers["mse"]["at"] == 0.5
     assert barriers["mse"]["data"] == "evaluation data"
     assert landscape.facts["distance"] == pytest.approx(2)
-    assert "first and last are 2 apart" in landscape.facts["text"]
-    assert (
-        "up to 4.67 worse than the straight line between the ends (t = 0.50)"
-        in (landscape.facts["text"])
+    assert landscape.facts["text"] == (
+        "first and last are 2 apart; between them a barrier of 2.16 in RMSE on evaluation data at "
+        "t = 0.50 and a barrier of 4.67 in MSE on evaluation data at t = 0.50"
     )
 
 
@@ -187,13 +186,15 @@ def test_barrier_is_an_error_above_the_line_of_the_ends():
         ("top1", "%", 0.75), ("nll", "nats", 0.75),
     ]  # fmt: skip
     assert [b.height for b in barriers] == pytest.approx([2, 0.2])
-    assert "top-1 on evaluation data is up to 2 percentage points worse" in barriers[0].describe()
+    assert barriers[0].describe() == (
+        "a barrier of 2 percentage points in top-1 on evaluation data at t = 0.75"
+    )
 
 
 def test_barrier_is_0_below_the_line():
     (barrier, _) = measure_barriers(points_of([4, 1, 8]), METRICS)
     assert (barrier.height, barrier.at) == (0, 0)
-    assert "nowhere worse" in barrier.describe()
+    assert barrier.describe() == "no barrier in top-1 on evaluation data"
 
 
 def test_barrier_is_infinite_at_a_hole_and_unknown_at_an_end():

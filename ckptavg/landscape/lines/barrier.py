@@ -10,6 +10,9 @@ from typing import Any
 from ckptavg.landscape.landscape import Point
 from ckptavg.tasks import Metric
 
+# Relative error of a height that rounding alone can cause.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True)
 class Barrier:
@@ -44,17 +47,14 @@ class Barrier:
         """Word the barrier, for a sentence about a segment."""
         name = f"{self.title.removesuffix('%').strip()} on {self.data}"
         if math.isnan(self.height):
-            return f"{name} has no barrier that can be told, as an end is not finite"
+            return f"an unknown barrier in {name}, as an end is not finite"
         if math.isinf(self.height):
-            return f"{name} is not finite at t = {self.at:.2f}"
+            return f"an infinite barrier in {name}, which is not finite at t = {self.at:.2f}"
         if not self.height:
-            return f"{name} is nowhere worse than the straight line between the ends"
+            return f"no barrier in {name}"
         unit = {"%": "percentage points"}.get(self.unit, self.unit)
         height = f"{self.height:.3g} {unit}".strip()
-        return (
-            f"{name} is up to {height} worse than the straight line between the ends "
-            f"(t = {self.at:.2f})"
-        )
+        return f"a barrier of {height} in {name} at t = {self.at:.2f}"
 
     def as_json(self) -> dict[str, Any]:
         """Return the barrier as plain values for JSON."""
@@ -127,7 +127,7 @@ def _height(positions: Sequence[float], errors: Sequence[float]) -> tuple[float,
         height = error - (1 - position) * start - position * end
         if not math.isfinite(error):
             height = math.inf
-        # The ends are 0 by definition, and not by their rounding.
-        if position not in (0.0, 1.0) and height > highest:
+        # A straight line has no barrier by the rounding of its values.
+        if height > max(highest, _ROUNDING * abs(error)):
             highest, at = height, position
     return highest, at

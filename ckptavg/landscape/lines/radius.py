@@ -17,9 +17,13 @@ from ckptavg.landscape.points import PointLike, PointScorer
 from ckptavg.landscape.store import Key, Scores
 
 log = logging.getLogger("ckptavg")
-# Lengths that are tried, in distances between the centers. Weights have so many dimensions that all
-# random directions are much alike, and in most the loss rises slowly.
+# Lengths that are tried, in distances between the centers.
 _FACTORS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# Directions that are tried. Large networks have so many weights that all random directions are much
+# alike, small ones differ.
+_DIRECTIONS = 3
+# In the tried directions the loss has to rise by more, so that it rises enough in the others.
+_MARGIN = 1.5
 
 
 def choose_radius(
@@ -28,7 +32,7 @@ def choose_radius(
     loss: RayLoss | None,
     progress: PhaseProgress | None = None,
 ) -> float:
-    """Choose the length of rays by scores in the first direction.
+    """Choose the length of rays by scores in the first directions.
 
     Args:
         bundle: Rays from at least two centers.
@@ -44,7 +48,9 @@ def choose_radius(
     lengths = [round_up(factor * distance) for factor in _FACTORS]
     if loss is None:
         return round_up(distance)
-    points: dict[Key, PointLike] = {**bundle.center_candidates, **bundle.list_moved(0, lengths)}
+    points: dict[Key, PointLike] = dict(bundle.center_candidates)
+    for number in range(_tried(bundle)):
+        points |= bundle.list_moved(number, lengths)
     scores = dict(zip(points, scorer.score([*points.values()], progress), strict=True))
     for factor, radius in zip(_FACTORS, lengths, strict=True):
         if _rises_enough(bundle, loss, radius, scores):
@@ -67,6 +73,8 @@ def round_up(value: float) -> float:
 def _rises_enough(bundle: RayBundle, loss: RayLoss, radius: float, scores: Scores) -> bool:
     """Return True if the loss has risen enough at a distance from all centers.
 
+    That is by 1.5 times the rise that tells the width, in each tried direction.
+
     Args:
         bundle: The rays.
         loss: The loss.
@@ -77,11 +85,17 @@ def _rises_enough(bundle: RayBundle, loss: RayLoss, radius: float, scores: Score
     rise = loss.choose_rise(first, bundle.settings.rise)
     for center in bundle.centers:
         start = loss.of(scores[key_of_center(center)])
-        moved = loss.of(scores[series_of(center, 0), radius])
-        # A loss that is not finite has risen.
-        if moved < start + rise:
-            return False
+        for number in range(_tried(bundle)):
+            moved = loss.of(scores[series_of(center, number), radius])
+            # A loss that is not finite has risen.
+            if moved < start + _MARGIN * rise:
+                return False
     return True
+
+
+def _tried(bundle: RayBundle) -> int:
+    """Return the number of directions to try."""
+    return min(_DIRECTIONS, bundle.settings.directions)
 
 
 def read_radius(results: str | os.PathLike[str] | None, bundle: RayBundle) -> float | None:

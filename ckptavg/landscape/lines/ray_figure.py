@@ -10,7 +10,13 @@ from typing import Any
 from ckptavg.landscape.landscape import Landmark, Landscape, Point
 from ckptavg.landscape.lines.bundle import RayBundle, key_of_center, series_of
 from ckptavg.landscape.lines.loss import RayLoss
-from ckptavg.landscape.lines.widths import Width, describe_widths, find_crossing, mean_interval
+from ckptavg.landscape.lines.widths import (
+    Width,
+    compare_widths,
+    describe_widths,
+    find_crossing,
+    mean_interval,
+)
 from ckptavg.landscape.named_points import NamedPoint
 from ckptavg.landscape.points import PointScore
 from ckptavg.landscape.store import Scores
@@ -123,9 +129,17 @@ class RayFigure:
             return facts
         facts["widths"] = [width.as_json() for width in widths]
         for other in widths[1:]:
+            entry: dict[str, Any] = {
+                "center": other.center,
+                "mean": None,
+                "low": None,
+                "high": None,
+            }
             difference = widths[0].difference(other)
             if difference is not None:
-                facts["differences"].append({"center": other.center, **difference.as_json()})
+                entry |= difference.as_json()
+            entry["wider"] = compare_widths(widths[0], other).wider
+            facts["differences"].append(entry)
         facts["text"] = describe_widths(widths, self.loss.describe(rise), bundle.radius)
         return facts
 

@@ -66,7 +66,8 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
         directions: Number of directions.
         points: Number of points per ray, the center included.
         radius: Greatest t. Where None, the smallest of 1/2, 1, 2, ... 16 times the distance between
-            the centers at which the loss has risen enough in the first direction from every center.
+            the centers at which the loss has risen enough from every center, with a margin, in up
+            to three directions that are tried.
         rise: Rise of the loss that defines the width. Where None, 0.1 for a loss in nats, else a
             tenth of the loss at the first center.
         seed: Seed of the directions, and as for ``evaluate``.

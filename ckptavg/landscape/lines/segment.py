@@ -256,6 +256,7 @@ class SegmentPoints:
             facts={
                 "ends": [first.name, second.name],
                 "distance": self.distance,
+                "loss": self.task.loss,
                 "barriers": [barrier.as_json() for barrier in barriers],
                 "text": self._describe(barriers),
             },

@@ -12,6 +12,8 @@ from typing import Any
 _QUANTILES = {1: 12.706204736432095, 2: 4.302652729911275, 3: 3.182446305284263}
 # The same quantile of the normal distribution.
 _Z = 1.959963984540054
+# Level of the sign test.
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -164,28 +166,86 @@ def describe_widths(widths: Sequence[Width], rise: str, radius: float) -> str:
         rise: The rise of the loss, in words.
         radius: Length of the rays.
     """
-    for width in widths:
-        if width.beyond:
-            return (
-                f"{rise} is not reached within {radius:.4g} of {width.center} in {width.beyond} of "
-                f"{len(width.each)} directions: take a larger `radius`"
-            )
-    first = widths[0]
-    directions = f"mean and 95 % interval over {len(first.each)} directions"
-    if len(first.each) == 1:
-        directions = "in one direction"
-    if len(widths) == 1:
-        return f"{rise} is reached at t = {first.interval} from {first.center} ({directions})"
-    sentences = [_compare(first, other, rise) for other in widths[1:]]
-    return f"{'; '.join(sentences)} ({directions})"
+    first, *others = widths
+    reached = [f"{rise} is reached {_describe_width(first, radius)} from {first.center}"]
+    verdicts: list[str] = []
+    for other in others:
+        reached.append(f"{_describe_width(other, radius)} from {other.center}")
+        verdicts.append(compare_widths(first, other).words)
+    text = " and ".join(reached)
+    if verdicts:
+        text = f"{'; '.join(verdicts)}: {text}"
+    count = len(first.each)
+    if count == 1:
+        return f"{text} (in one direction)"
+    return f"{text} (mean and 95 % interval over {count} directions)"
 
 
-def _compare(first: Width, other: Width, rise: str) -> str:
-    """Word which of two centers is wider."""
+def _describe_width(width: Width, radius: float) -> str:
+    if width.beyond == len(width.each):
+        return f"nowhere within {radius:.4g}"
+    if width.beyond:
+        return f"in {len(width.each) - width.beyond} of {len(width.each)} within {radius:.4g}"
+    return f"at t = {width.interval}"
+
+
+@dataclass(frozen=True)
+class WidthVerdict:
+    """Comparison of the widths of two centers.
+
+    Attributes:
+        wider: Name of the wider one; None where they cannot be told apart.
+        words: The verdict in words.
+    """
+
+    wider: str | None
+    words: str
+
+
+def compare_widths(first: Width, other: Width) -> WidthVerdict:
+    """Compare the widths of two centers, direction by direction.
+
+    Where all widths are known, the 95 % interval of their mean difference decides. Else, the sign
+    test does (two-sided, at 5 %): a width that is not reached is greater than one that is, and
+    directions in which both are not reached do not count.
+
+    Args:
+        first: Width of a center.
+        other: Width of another center in the same directions.
+    """
     difference = first.difference(other)
-    verdict = f"{first.center} and {other.center} cannot be told apart in width"
-    if difference is not None and difference.low > 0:
-        verdict = f"{first.center} is wider than {other.center}"
-    elif difference is not None and difference.high < 0:
-        verdict = f"{first.center} is not wider than {other.center} but narrower"
-    return f"{verdict}: {rise} is reached at t = {first.interval} against {other.interval}"
+    wider = None
+    if difference is not None:
+        if difference.low > 0:
+            wider = first.center
+        elif difference.high < 0:
+            wider = other.center
+    else:
+        wins, losses = _count_signs(first, other)
+        if _sign_test(wins, losses) < _LEVEL:
+            wider = first.center if wins > losses else other.center
+    if wider is None:
+        words = f"{first.center} and {other.center} cannot be told apart in width"
+    elif wider == first.center:
+        words = f"{first.center} is wider than {other.center}"
+    else:
+        words = f"{first.center} is not wider than {other.center} but narrower"
+    return WidthVerdict(wider, words)
+
+
+def _count_signs(first: Width, other: Width) -> tuple[int, int]:
+    """Count the directions in which the first center is wider, and those in which the other is."""
+    wins, losses = 0, 0
+    for mine, theirs in zip(first.each, other.each, strict=True):
+        mine_or_more = math.inf if mine is None else mine
+        theirs_or_more = math.inf if theirs is None else theirs
+        wins += mine_or_more > theirs_or_more
+        losses += mine_or_more < theirs_or_more
+    return wins, losses
+
+
+def _sign_test(wins: int, losses: int) -> float:
+    """Return the two-sided p value of the sign test."""
+    count = wins + losses
+    tail = sum(math.comb(count, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2.0 * tail / float(2**count))

@@ -74,12 +74,12 @@ def rays(
 
 
 def _show(report: Report, landscape: Landscape) -> None:
-    """Print the metrics and the width of each center."""
-    marks = {mark.name: mark for mark in (*landscape.checkpoints, *landscape.averages)}
+    """Print the metrics and the width of each center, with statistics as along its rays."""
+    starts = {point.series: point for point in landscape.points if not point.x}
     widths = {width["center"]: width for width in landscape.facts["widths"]}
     rows = []
     for name in landscape.facts["centers"]:
-        metrics = [marks[name].data.get(metric.key) for metric in landscape.metrics]
+        metrics = [starts[name].data.get(metric.key) for metric in landscape.metrics]
         cells = [name]
         for metric, value in zip(landscape.metrics, metrics, strict=True):
             cells.append(NOTHING if value is None else format(value, metric.form))

@@ -68,8 +68,12 @@ def _show(report: Report, landscape: Landscape) -> None:
     """Print the barrier of each metric, with the values of the ends."""
     first, second = landscape.facts["ends"]
     ends = {point.x: point for point in landscape.points}
+    shown = (landscape.metrics[0].key, landscape.facts["loss"], "l2_loss")
     rows = []
     for barrier in landscape.facts["barriers"]:
+        # The file of results has the other metrics.
+        if barrier["metric"] not in shown:
+            continue
         cells = [barrier["title"], barrier["data"]]
         for t in (0.0, 1.0):
             scores = ends[t].data
