@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ckptavg.averaging import schemes
+from ckptavg.averaging.grafting.graft import graft
 from ckptavg.averaging.lora import exact_mean
 from ckptavg.averaging.planning.rules import Rules
 from ckptavg.averaging.planning.tensor_plan import Plan
@@ -20,6 +21,7 @@ from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.io.paths import Location
 from ckptavg.outputs.provenance import build_provenance
 from ckptavg.runs.discovery.ranks import refuse_parts
+from ckptavg.runs.given_order import list_as_given
 from ckptavg.runs.order import refuse_two_series
 from ckptavg.runs.run import RunLike, as_run
 
@@ -98,7 +100,9 @@ def plan_average(
     base: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str = "keep",
 ) -> Average:
-    """Plan an average, and check that the run can be averaged. Only a few elements are read.
+    """Plan an average, and check that the run can be averaged.
+
+    Only a few elements are read, but for ``grafting``, which measures the weights of two networks.
 
     Args:
         run: The result of ``open_run``, or a selection of it; or the path of a run.
@@ -127,10 +131,15 @@ def plan_average(
     checkpoints = run.checkpoints
     record = RunRecord.of_run(run)
     coefficients = chosen.coefficients(record)
+    if chosen.grafting is not None:
+        # Networks of several trainings: steps and names say nothing about their order.
+        checkpoints = tuple(list_as_given(run))
     if base is not None and not isinstance(base, Checkpoint):
         base = _open_base(base, checkpoints[-1].key)
     rules = Rules(_patterns(include), _patterns(exclude), base, dtype)
     plan = exact_mean.plan_mean(checkpoints, coefficients, rules)
+    if chosen.grafting is not None:
+        plan = graft(plan, chosen.grafting)
     if note := chosen.note(coefficients, record):
         plan = replace(plan, notes=(note, *plan.notes))
     average = Average(plan, chosen, run.members)

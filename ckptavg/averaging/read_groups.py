@@ -164,7 +164,7 @@ class _Request:
 
 
 _InputKey = tuple[int, int]
-_Requests = dict[tuple[str, tuple[int, ...], bool], list[_Request]]
+_Requests = dict[tuple[str, tuple[int, ...], bool, int | None], list[_Request]]
 
 
 def group_reads(
@@ -175,7 +175,8 @@ def group_reads(
     Args:
         jobs: The outputs.
         order: The checkpoints in an order that agrees with every output's order; only needed for
-            several outputs. A tensor of another checkpoint comes before these in a group.
+            several outputs. A tensor of another checkpoint comes before these in a group. A tensor
+            whose sources have another order is read in a group of its own.
         gram: Tensors whose sources are all multiplied with each other.
 
     Returns:
@@ -186,17 +187,27 @@ def group_reads(
         ranks.update(dict.fromkeys(map(id, checkpoint.tensors.values()), rank))
     requests: _Requests = {}
     for number, job in enumerate(jobs):
-        _collect(requests, number, job.tensors)
-    _collect(requests, None, gram)
+        _collect(requests, number, job.tensors, ranks)
+    _collect(requests, None, gram, ranks)
     return [_group(alike, ranks) for alike in requests.values()]
 
 
-def _collect(requests: _Requests, job: int | None, plans: Iterable[TensorPlan]) -> None:
+def _collect(
+    requests: _Requests,
+    job: int | None,
+    plans: Iterable[TensorPlan],
+    ranks: Mapping[int, int],
+) -> None:
     """Add the tensors of an output to the requests that can share reads with them."""
     for plan in plans:
         if plan.tied_to is None and plan.output.numel:
+            # A sum in another order than the common one cannot share its reads.
+            places = [ranks.get(id(source), -1) for source in plan.inputs]
+            alone = None
+            if places != sorted(places):
+                alone = job
             # An averaged and a copied tensor of one name need different work on each block.
-            key = (plan.name, plan.shape, plan.averaged)
+            key = (plan.name, plan.shape, plan.averaged, alone)
             requests.setdefault(key, []).append(_Request(job, plan, _list_input_keys(plan)))
 
 

@@ -62,6 +62,7 @@ class Run:
         damaged: Files of each training that cannot be opened, and may belong to the training. Any
             use of all checkpoints raises the error of such a file. A selection that certainly
             leaves out the file raises no error.
+        paths: The paths that were opened, in the order given.
     """
 
     trainings: tuple[tuple[Checkpoint, ...], ...]
@@ -70,6 +71,7 @@ class Run:
     named: bool = True
     members: tuple[Location, ...] = ()
     damaged: tuple[tuple[Damaged, ...], ...] = ()
+    paths: tuple[Location, ...] = ()
 
     def __iter__(self) -> Iterator[Checkpoint]:
         return iter(self.checkpoints)
@@ -345,7 +347,8 @@ def open_run(
     directories = first_few(list(map(str, paths)))
     with guard_reads(directories):
         patterns = Patterns(glob, tuple(skip))
-        findings = find(list(map(locate, paths)), patterns)
+        locations = tuple(map(locate, paths))
+        findings = find(locations, patterns)
     trainings: list[tuple[Checkpoint, ...]] = []
     damaged: list[tuple[Damaged, ...]] = []
     excluded = list(findings.excluded)
@@ -369,6 +372,7 @@ def open_run(
         findings.named,
         (*chain(*findings.groups), *(left_out.path for left_out in excluded)),
         tuple(damaged),
+        locations,
     )
 
 

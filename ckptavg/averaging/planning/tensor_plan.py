@@ -71,6 +71,21 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class LayerCoefficients:
+    """Coefficients of the tensors of one layer.
+
+    Attributes:
+        name: Name of the layer's tensor that was measured.
+        information: Measured information per checkpoint of the plan; None where not measured.
+        coefficients: One per checkpoint of the plan.
+    """
+
+    name: str
+    information: tuple[float | None, ...]
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Plan of a whole average, made before the tensors are read.
 
@@ -85,6 +100,7 @@ class Plan:
         metadata: Entries of a safetensors header that differ from the last checkpoint's header.
         spectral_norms: Layers whose singular vectors are computed from the averaged weight.
         frozen: Layers whose running statistics were frozen in training and are kept.
+        layers: Coefficients per layer, where the layers do not share the plan's coefficients.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -96,6 +112,7 @@ class Plan:
     metadata: Mapping[str, str] = field(default_factory=dict)
     spectral_norms: tuple[SpectralNorm, ...] = ()
     frozen: tuple[str, ...] = ()
+    layers: tuple[LayerCoefficients, ...] = ()
 
     @property
     def outputs(self) -> list[OutputTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptavg.averaging.schemes import exponential, positional
+from ckptavg.averaging.schemes.grafting import GRAFTING
 from ckptavg.averaging.schemes.posthoc import POSTHOC_EMA
 from ckptavg.averaging.schemes.power_function import POWER_EMA
 from ckptavg.averaging.schemes.scheme import Scheme, SchemeKind
@@ -25,6 +26,7 @@ SCHEMES: dict[str, SchemeKind] = {
         POWER_EMA,
         POSTHOC_EMA,
         SOFTMAX,
+        GRAFTING,
     )
 }
 """Kinds of schemes by name, in the order of the help."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ckptavg.averaging.schemes.run_record import RunRecord, Steps
 from ckptavg.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from ckptavg.averaging.schemes.grafting import Grafting
 
 Options = Mapping[str, str]
 Coefficients = Callable[[RunRecord], list[float]]
@@ -32,6 +36,8 @@ class SchemeKind:
         make_remark: Function that makes the remark on surprising coefficients of options.
         other_names: Words for the scheme in papers and other tools, for suggestions.
         takes_series: True if a run may hold several checkpoints of each step.
+        make_grafting: Function that parses the options of coefficients per layer; None for a scheme
+            with the same coefficients for all layers.
     """
 
     name: str
@@ -44,6 +50,7 @@ class SchemeKind:
     make_remark: Callable[[Options], Remark] | None = None
     other_names: tuple[str, ...] = ()
     takes_series: bool = False
+    make_grafting: Callable[[Options], Grafting] | None = None
 
     def choose(self, options: Options, text: str) -> Scheme:
         """Make the scheme of chosen options.
@@ -65,7 +72,10 @@ class SchemeKind:
         remark: Remark | None = None
         if self.make_remark is not None:
             remark = self.make_remark(options)
-        return Scheme(self.name, text, self.make(options), remark, self.takes_series)
+        grafting: Grafting | None = None
+        if self.make_grafting is not None:
+            grafting = self.make_grafting(options)
+        return Scheme(self.name, text, self.make(options), remark, self.takes_series, grafting)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,7 @@ class Scheme:
         name: One of ``SCHEMES``, or ``weights``.
         text: The whole specification, as stored in the provenance.
         takes_series: True if a run may hold several checkpoints of each step, as of several EMAs.
+        grafting: Options of coefficients per layer; None for the same in all layers.
     """
 
     name: str
@@ -83,6 +94,7 @@ class Scheme:
     _apply: Coefficients = field(repr=False, compare=False)
     _remark: Remark | None = field(default=None, repr=False, compare=False)
     takes_series: bool = field(default=False, repr=False, compare=False)
+    grafting: Grafting | None = field(default=None, repr=False)
 
     def coefficients(self, run: RunRecord | Steps) -> list[float]:
         """Compute the coefficients of a run.

@@ -15,6 +15,7 @@ from ckptavg.averaging.planning.rules import Rules
 from ckptavg.cli.command import command
 from ckptavg.cli.commands import geometry
 from ckptavg.cli.console import Report, count_text, number_text
+from ckptavg.cli.layer_table import layer_values, show_layers
 from ckptavg.cli.options.also import AlsoAverage, read_also
 from ckptavg.cli.options.averaging import (
     TensorOptions,
@@ -297,7 +298,10 @@ def _report_result(
     report: Report, records: Sequence[dict[str, Any]], outputs: Sequence[_Output]
 ) -> None:
     """Emit the command's average as JSON, further averages under ``also``."""
-    result, *further = records
+    with_layers: list[dict[str, Any]] = []
+    for planned, record in zip(outputs, records, strict=True):
+        with_layers.append(record | layer_values(planned.average.plan))
+    result, *further = with_layers
     also: list[dict[str, Any]] = []
     for extra, record in zip(outputs[1:], further, strict=True):
         also.append({"name": extra.name, **record})
@@ -327,6 +331,7 @@ def _show_plan(report: Report, output: _Output) -> None:
     if output.name:
         title = f"{output.name}: {title}"
     report.table(("checkpoint", "step", "LR", "coefficient"), rows, title=title)
+    show_layers(report, plan)
 
 
 def _size(path: Path) -> int | None:

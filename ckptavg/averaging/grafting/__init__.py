@@ -1,0 +1,1 @@
+"""Filter grafting: two networks averaged with coefficients of each layer's own."""
