@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ckptavg.inspection.geometry import geometry as geometry
     from ckptavg.inspection.verify import verify as verify
     from ckptavg.landscape.curves.curve import curve as curve
+    from ckptavg.landscape.curves.ensemble_growth import ensemble_growth as ensemble_growth
     from ckptavg.landscape.lines.rays import rays as rays
     from ckptavg.landscape.lines.segment import segment as segment
     from ckptavg.landscape.planes.scored_plane import pca as pca
@@ -57,6 +58,7 @@ _HOMES = {
     "geometry": "inspection.geometry",
     "verify": "inspection.verify",
     "curve": "landscape.curves.curve",
+    "ensemble_growth": "landscape.curves.ensemble_growth",
     "rays": "landscape.lines.rays",
     "segment": "landscape.lines.segment",
     "reliability": "landscape.reliability",

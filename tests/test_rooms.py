@@ -31,8 +31,9 @@ STILL_LONG: set[str] = set()
 PUBLIC = [
     "average", "average_many", "Recompute", "update_bn", "CkptavgError", "StaleStatisticsWarning",
     "Candidate", "evaluate", "compare", "Result", "Results", "Checkpoint", "open_checkpoint",
-    "geometry", "verify", "curve", "plane", "pca", "rays", "segment", "reliability", "report",
-    "Run", "open_run", "Subset", "Task", "search", "SearchResult", "__version__",
+    "geometry", "verify", "curve", "ensemble_growth", "plane", "pca", "rays", "segment",
+    "reliability", "report", "Run", "open_run", "Subset", "Task", "search", "SearchResult",
+    "__version__",
 ]  # fmt: skip
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

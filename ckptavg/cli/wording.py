@@ -41,6 +41,7 @@ _ARGUMENTS = frozenset(
         "margin",
         "model",
         "on_nonfinite",
+        "order",
         "overwrite",
         "points",
         "radius",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,6 +22,9 @@ from ckptavg.evaluation.weight_sets import WeightSet
 from ckptavg.formats.statistics_names import batchnorm_layers
 from ckptavg.models.batches import bytes_of
 from ckptavg.tasks.base import Mean, Samples, Scores, Task
+
+OnPredictions: TypeAlias = Callable[[Candidate, int, torch.Tensor], None]
+"""Called with a candidate, the position of a batch in the pass, and the predictions on it."""
 
 
 class CandidateScore:
@@ -37,6 +40,7 @@ class CandidateScore:
         task: The task that scores.
 
     Attributes:
+        on_predictions: Called with each batch's predictions; None for no call.
         scores: Metrics of the batches so far.
         samples: Per-sample values by number of the batch.
         disagreement: Disagreement among the members.
@@ -45,6 +49,7 @@ class CandidateScore:
 
     def __init__(self, candidate: Candidate, members: Sequence[WeightSet], task: Task) -> None:
         self.candidate = candidate
+        self.on_predictions: OnPredictions | None = None
         self.members = members
         self._repeats = Counter(members)
         self.task = task
@@ -139,6 +144,8 @@ class CandidateScore:
         self, number: int, predictions: torch.Tensor, samples: Samples | None, targets: Any
     ) -> None:
         self.scores.update(predictions, targets)
+        if self.on_predictions is not None:
+            self.on_predictions(self.candidate, number, predictions)
         # The answers have served the disagreement already; dropping them saves memory.
         if samples is not None:
             self.samples[number] = replace(samples, answers=None)

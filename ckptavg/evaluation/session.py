@@ -25,7 +25,7 @@ from ckptavg.data.prefetch import prefetch_to_device, with_progress
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import Peers, SingleProcess
 from ckptavg.errors import EvaluationError, UsageError
-from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck
+from ckptavg.evaluation.candidate_scores import CandidateScore, FiniteCheck, OnPredictions
 from ckptavg.evaluation.candidates import Candidate, baseline_of, layers_of
 from ckptavg.evaluation.results import Result
 from ckptavg.evaluation.scored_data import ScoredData
@@ -106,6 +106,7 @@ def score_on(
     as_points: bool = False,
     baselines: Sequence[Candidate] | None = None,
     sample_metric: str | None = None,
+    on_predictions: OnPredictions | None = None,
 ) -> list[list[Result]]:
     """Score candidates on several data sets, with weights and statistics made once for all.
 
@@ -128,6 +129,8 @@ def score_on(
             that is the last checkpoint of the run, or the first candidate; for points, nothing.
         sample_metric: Key of the metric whose per-sample values are compared; the task's choice
             where None.
+        on_predictions: Called with the predictions of each candidate on each batch of the first
+            data set. A pass that runs out of memory is repeated, and so are the calls.
 
     Returns:
         The results on each data set, one per candidate.
@@ -158,6 +161,8 @@ def score_on(
     session.progress = progress or session.progress
     session.keep_nonfinite = keep_nonfinite or as_points
     session.sample_metric = sample_metric
+    for score in session.scored[0].scores:
+        score.on_predictions = on_predictions
     if exclude:
         session.excluded = match_layers(exclude, layers_of(candidates))
     with malloc.keep_freed_memory(runtime.device):

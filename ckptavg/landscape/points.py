@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,9 @@ _FIRST_PASS, _LARGEST_PASS = 9, 128
 
 PointLike: TypeAlias = "Sequence[float] | Candidate"
 """Coefficients, one per checkpoint with sum 1; or a candidate, for any other weights."""
+
+
+Scorer = TypeVar("Scorer", bound="PointScorer")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class PointScorer:
 
     @classmethod
     def open(
-        cls,
+        cls: type[Scorer],
         run: Run,
         model: nn.Module,
         data: Batches | Dataset[Any],
@@ -140,7 +143,7 @@ class PointScorer:
         seed: int = 0,
         bn_samples: int | Subset | None = None,
         weight_decay: float | None = None,
-    ) -> PointScorer:
+    ) -> Scorer:
         """Make a scorer of the keywords of ``evaluate``.
 
         Raises:

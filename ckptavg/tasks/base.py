@@ -248,6 +248,23 @@ class Task:
         """Create the running mean of an ensemble; arithmetic unless overridden."""
         return ArithmeticMean()
 
+    def averaged_outputs(self, predictions: torch.Tensor) -> torch.Tensor | None:
+        """Return the outputs that an ensemble takes the arithmetic mean of.
+
+        Args:
+            predictions: As from ``predict``.
+
+        Returns:
+            Probabilities, or the predictions of a task that averages these; the first axis is
+            samples. None if the ensemble keeps no such outputs.
+        """
+        mean = self.mean()
+        if isinstance(mean, LogMean):
+            return predictions.exp()
+        if isinstance(mean, ArithmeticMean):
+            return predictions
+        return None
+
     def scores(self) -> Scores:
         """Create empty metrics for a candidate."""
         raise NotImplementedError

@@ -89,23 +89,22 @@ def curve(  # noqa: D417 - arguments of `evaluate` share a line
         check_window(named, window)
         axis = choose_steps(named)
         note_missing_rates(named)
-        if model is None or data is None:
-            _refuse_scoring(
-                model=model is not None, data=data is not None, train_data=train_data is not None,
-                window=window is not None, resume=resume,
-            )  # fmt: skip
-            landscape = _draw_recorded(named, axis)
-            if results is not None:
-                landscape.save(results)
-        else:
+        if model is not None and data is not None:
             scorer = PointScorer.open(
                 join_runs(named), model, data, train_data=train_data, task=task, device=device,
                 forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
                 seed=seed, bn_samples=bn_samples,
             )  # fmt: skip
             scored = ScoredCurve(named, axis, window, scorer)
-            landscape = scored.score(results, resume=resume, progress=reporter)
-    return replace(landscape, notes=tuple(notes))
+            return scored.score(results, resume=resume, progress=reporter, notes=notes)
+        _refuse_scoring(
+            model=model is not None, data=data is not None, train_data=train_data is not None,
+            window=window is not None, resume=resume,
+        )  # fmt: skip
+        landscape = replace(_draw_recorded(named, axis), notes=tuple(notes))
+    if results is not None:
+        landscape.save(results)
+    return landscape
 
 
 def _refuse_scoring(**given: bool) -> None:

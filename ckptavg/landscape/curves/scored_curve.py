@@ -24,7 +24,7 @@ from ckptavg.landscape.curves.series import (
     list_stretches,
     series_name,
 )
-from ckptavg.landscape.curves.verdict import EndComparison, Gap, measure_gap
+from ckptavg.landscape.curves.verdict import Gap, PairComparison, compare_ends, measure_gap
 from ckptavg.landscape.landscape import Landmark, Landscape, Point
 from ckptavg.landscape.points import EVALUATION, PointScore, PointScorer
 from ckptavg.landscape.store import Scores, score_landscape
@@ -57,8 +57,16 @@ class ScoredCurve:
         *,
         resume: bool,
         progress: PhaseProgress | None,
+        notes: Sequence[str],
     ) -> Landscape:
-        """Score all points and compare the ends of the lines, see ``curve``."""
+        """Score all points and compare the ends of the lines, see ``curve``.
+
+        Args:
+            results: File of the landscape; None for none.
+            resume: True to continue the file.
+            progress: Called with phase, done and total.
+            notes: Remarks, which grow meanwhile.
+        """
         total = len(self.axis.steps)
         recompute = self.scorer.training is not None
         candidates = candidates_by_coefficients(self.stretches, total, recompute=recompute)
@@ -68,10 +76,11 @@ class ScoredCurve:
             return self.lay_out(scores, comparisons)
 
         return score_landscape(
-            self.scorer, candidates, build, results=results, resume=resume, progress=progress
-        )
+            self.scorer, candidates, build, results=results, resume=resume, progress=progress,
+            notes=notes,
+        )  # fmt: skip
 
-    def _compare_ends(self, progress: PhaseProgress | None) -> list[EndComparison]:
+    def _compare_ends(self, progress: PhaseProgress | None) -> list[PairComparison]:
         """Compare the average of all checkpoints of each run with the run's last checkpoint."""
         scorer = self.scorer
         candidates: list[Candidate] = []
@@ -93,14 +102,12 @@ class ScoredCurve:
             exclude=scorer.exclude, progress=progress, peers=peers, as_points=True,
             baselines=baselines,
         )  # fmt: skip
-        comparisons: list[EndComparison] = []
+        comparisons: list[PairComparison] = []
         for named, last_result, average in zip(self.runs, results[::2], results[1::2], strict=True):
-            comparisons.append(
-                EndComparison(named.name, len(named), average, last_result, scorer.task)
-            )
+            comparisons.append(compare_ends(len(named), average, last_result, scorer.task))
         return comparisons
 
-    def lay_out(self, scores: Scores, comparisons: Sequence[EndComparison]) -> Landscape:
+    def lay_out(self, scores: Scores, comparisons: Sequence[PairComparison]) -> Landscape:
         """Lay out the points that have scores.
 
         Args:
@@ -143,7 +150,7 @@ class ScoredCurve:
             facts=self._facts(scores, comparisons),
         )
 
-    def _facts(self, scores: Scores, comparisons: Sequence[EndComparison]) -> Mapping[str, Any]:
+    def _facts(self, scores: Scores, comparisons: Sequence[PairComparison]) -> Mapping[str, Any]:
         """Return the verdict in numbers and in words."""
         sentences: list[str] = []
         gaps: list[Gap] = []
@@ -154,8 +161,11 @@ class ScoredCurve:
             if gap is not None:
                 gaps.append(gap)
                 sentences.append(f"{prefix}{gap.describe()}")
+        plain: list[dict[str, Any]] = []
+        for named, comparison in zip(self.runs, comparisons, strict=True):
+            plain.append({"run": named.name, **comparison.as_json("average", "last")})
         return {
-            "comparisons": [comparison.as_json() for comparison in comparisons],
+            "comparisons": plain,
             "gaps": [gap.as_json() for gap in gaps],
             "lines": lines_of(self.runs, self.window, scored=True),
             "sentences": sentences,

@@ -18,77 +18,98 @@ _PARTS = 3
 
 
 @dataclass(frozen=True)
-class EndComparison:
-    """The average of all checkpoints of a run against the last checkpoint, on the same samples.
+class PairComparison:
+    """Two candidates on the same samples.
 
     Attributes:
-        run: Name of the run.
-        count: Number of averaged checkpoints.
-        average: Result of the average, compared with the last checkpoint.
-        last: Result of the last checkpoint.
+        subject: Name of the first in sentences, such as "the average of all 5".
+        reference: Name of the second.
+        result: Result of the first, with the second as the baseline.
+        baseline: Result of the second.
         task: The task that scored.
     """
 
-    run: str
-    count: int
-    average: Result
-    last: Result
+    subject: str
+    reference: str
+    result: Result
+    baseline: Result
     task: Task
 
     @property
     def metric(self) -> Metric:
         """Metric of the comparison; the first metric where there is none."""
-        versus = self.average.versus
+        versus = self.result.versus
         if versus is not None:
             for metric in self.task.metrics:
                 if metric.key == versus.metric:
                     return metric
         return self.task.metrics[0]
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the comparison as plain values for JSON."""
+    def as_json(self, subject: str, reference: str) -> dict[str, Any]:
+        """Return the comparison as plain values for JSON.
+
+        Args:
+            subject: Key of the first candidate's value.
+            reference: Key of the second candidate's value.
+        """
         metric = self.metric
         plain: dict[str, Any] = {
-            "run": self.run,
             "metric": metric.key,
-            "average": self.average.metrics[metric.key],
-            "last": self.last.metrics[metric.key],
-            "bn": self.average.bn,
+            subject: self.result.metrics[metric.key],
+            reference: self.baseline.metrics[metric.key],
+            "bn": self.result.bn,
         }
-        if self.average.versus is not None:
+        if self.result.versus is not None:
             # The names of candidates say less than the names of these keys.
-            versus = self.average.versus.as_json()
+            versus = self.result.versus.as_json()
             plain |= {key: versus[key] for key in ("difference", "low", "high", "p", "test", "n")}
         return plain
 
     def describe(self) -> str:
         """Word the comparison in a sentence."""
         metric = self.metric
-        average, last = f"the average of all {self.count}", "the last checkpoint"
-        for name, result in ((average, self.average), (last, self.last)):
+        named = ((self.subject, self.result), (self.reference, self.baseline))
+        for name, result in named:
             if not math.isfinite(result.metrics[metric.key]):
                 return f"{name} gives outputs that are not finite"
-        subject = average
-        if self.average.bn == "stale":
-            subject += ", with stale BatchNorm statistics,"
+        subject, reference = (_with_statistics(name, result) for name, result in named)
         ends = (
-            f"{bare_title(metric)} {_number(metric, self.average.metrics[metric.key])} against "
-            f"{_number(metric, self.last.metrics[metric.key])}"
+            f"{bare_title(metric)} {_number(metric, self.result.metrics[metric.key])} against "
+            f"{_number(metric, self.baseline.metrics[metric.key])}"
         )
-        versus = self.average.versus
+        versus = self.result.versus
         if versus is None:
-            return f"{subject} and {last}: {ends}"
+            return f"{subject} and {reference}: {ends}"
         difference = versus.difference
         form = f"+{metric.form}"
         interval = f"[{difference.low:{form}}, {difference.high:{form}}]"
         numbers = f"{ends}, a difference of {difference.value:{form}} {interval}"
         if difference.p >= _SIGNIFICANT:
-            return f"{subject} and {last} do not differ beyond chance: {numbers}"
+            return f"{subject} and {reference} do not differ beyond chance: {numbers}"
         word = "other than"
         if metric.higher is not None:
             is_better = (difference.value > 0) == metric.higher
             word = "better than" if is_better else "worse than"
-        return f"{subject} is {word} {last}: {numbers}"
+        return f"{subject} is {word} {reference}: {numbers}"
+
+
+def compare_ends(count: int, average: Result, last: Result, task: Task) -> PairComparison:
+    """Compare the average of all checkpoints of a run with the last checkpoint.
+
+    Args:
+        count: Number of averaged checkpoints.
+        average: Result of the average, with the last checkpoint as the baseline.
+        last: Result of the last checkpoint.
+        task: The task that scored.
+    """
+    return PairComparison(f"the average of all {count}", "the last checkpoint", average, last, task)
+
+
+def _with_statistics(name: str, result: Result) -> str:
+    """Name a candidate, with the state of its statistics if they are stale."""
+    if result.bn != "stale":
+        return name
+    return f"{name} with stale BatchNorm statistics"
 
 
 @dataclass(frozen=True)

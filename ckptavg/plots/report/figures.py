@@ -19,7 +19,7 @@ from ckptavg.landscape.curves.series import (
     candidates_by_coefficients,
     check_window,
 )
-from ckptavg.landscape.curves.verdict import EndComparison
+from ckptavg.landscape.curves.verdict import PairComparison, compare_ends
 from ckptavg.landscape.geometry import lay_out_geometry
 from ckptavg.landscape.landscape import Landscape
 from ckptavg.landscape.lines.line_points import has_statistics_to_recompute
@@ -117,10 +117,10 @@ def _plan_curve(subject: Subject, scorer: PointScorer) -> PlannedFigure:
 
     def lay_out(results: ResultsByKey) -> Landscape:
         """Lay out the curve, with the comparison of each run's ends."""
-        comparisons: list[EndComparison] = []
+        comparisons: list[PairComparison] = []
         for run in runs:
             average, last = (results[key] for key in ends[run.name])
-            comparisons.append(EndComparison(run.name, len(run), average, last, scorer.task))
+            comparisons.append(compare_ends(len(run), average, last, scorer.task))
         return curve.lay_out(_scores_of(results), comparisons)
 
     return PlannedFigure("curve", lay_out, _as_candidates(points, scorer), dict(ends.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptavg.cli.commands.plots.curve import curve
+from ckptavg.cli.commands.plots.ensemble import ensemble
 from ckptavg.cli.commands.plots.geometry import geometry
 from ckptavg.cli.commands.plots.plane import pca, plane
 from ckptavg.cli.commands.plots.rays import rays
@@ -23,5 +24,6 @@ plot.add_command(plane)
 plot.add_command(pca)
 plot.add_command(segment)
 plot.add_command(rays)
+plot.add_command(ensemble)
 plot.add_command(geometry)
 plot.add_command(reliability)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Recorded metrics in a table; the file of results has all.
 _MOST_RECORDED = 3
+# Short titles of the distances between outputs.
+_GAPS = {"output_gap": "gap of outputs", "last_gap": "of a checkpoint"}
 
 
 def show_lines(report: Report, landscape: Landscape) -> None:
@@ -42,11 +44,16 @@ def _show_run(
     every_x = dict.fromkeys(point.x for points in lines.values() for point in points)
     columns = [Column(landscape.axes[0], "number")]
     cells = [[number_text(x) for x in every_x]]
-    rates = {mark.x: mark.lr for mark in _marks(landscape, lines)}
-    if any(rate is not None for rate in rates.values()):
+    marks = _marks(landscape, lines)
+    rates = {mark.x: mark.lr for mark in marks}
+    if landscape.kind == "ensemble":
+        joining = {mark.x: mark.name for mark in marks}
+        columns.append(Column("with", "name", leaves=4))
+        cells.append([joining.get(x, NOTHING) for x in every_x])
+    elif any(rate is not None for rate in rates.values()):
         columns.append(Column("LR", "number", leaves=2))
         cells.append([number_text(rates.get(x)) for x in every_x])
-    for column, texts in _line_columns(landscape, lines):
+    for column, texts in (*_line_columns(landscape, lines), *_gap_columns(landscape, lines)):
         columns.append(column)
         cells.append([texts.get(x, NOTHING) for x in every_x])
     report.table(columns, [*zip(*cells, strict=True)], title=run)
@@ -86,6 +93,19 @@ def _line_columns(
         for metric in others[: _MOST_RECORDED - 1]:
             (points,) = lines.values()
             columns.append((Column(metric.title, "number", leaves=3), _texts(points, metric)))
+    return columns
+
+
+def _gap_columns(
+    landscape: Landscape, lines: Mapping[str, Sequence[Point]]
+) -> list[tuple[Column, dict[float, str]]]:
+    """Return the columns of distances between outputs, of ensembles only."""
+    columns: list[tuple[Column, dict[float, str]]] = []
+    points = [point for line in lines.values() for point in line]
+    for metric in landscape.metrics:
+        texts = _texts(points, metric)
+        if metric.key in _GAPS and texts:
+            columns.append((Column(_GAPS[metric.key], "number", leaves=3), texts))
     return columns
 
 
