@@ -12,8 +12,12 @@ BatchNorm statistics recomputed. The table (mean ± standard deviation over the 
 and written to ``--out`` as Markdown and JSON.
 
 Whatever is there already is not computed again: a seed whose checkpoints are complete is not
-trained, a candidate whose score is stored is not scored. So an interrupted command goes on with
-the same words, and ``--seeds 5`` after ``--seeds 3`` adds two.
+trained, a candidate or a point whose score is stored is not scored. So an interrupted command goes
+on with the same words, and ``--seeds 5`` after ``--seeds 3`` adds two.
+
+With ``--figures N``, ``ckptavg plot`` then draws the first seed into ``OUT/figures``. Each command
+is shown as one would type it. Points are scored on N test images, with BatchNorm statistics of N
+training images.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from typing import Any
 
 import images as image_data
 import networks
+import paper_figures
 import torch
 import train
 from torch.utils.data import Dataset
@@ -318,6 +323,8 @@ def parse_options() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="directory of the seeds and of the table")
     add("--seeds", type=int, default=3, help="number of seeds")
     add("--bn-samples", type=int, help="training images for BatchNorm statistics (default: all)")
+    add("--figures", type=int, default=0, help="draw figures from so many images; 0 draws none")
+    add("--points", type=int, default=11, help="points of a figure along each axis")
     add("--train-only", action="store_true", help="leave the checkpoints and score nothing")
     train.add_options(parser)
     options = parser.parse_args()
@@ -375,6 +382,8 @@ def main() -> None:
     print(scores.as_text())
     (chosen.out / "table.md").write_text(scores.as_markdown())
     (chosen.out / "table.json").write_text(json.dumps(scores.as_json(), indent=2) + "\n")
+    if chosen.figures:
+        paper_figures.draw(chosen)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODULES = ("paper", "train", "trajectories", "images", "networks")
+MODULES = ("paper", "paper_figures", "train", "trajectories", "images", "networks")
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +133,25 @@ def test_images_limit_takes_images_spread_over_the_split(paper):
     expected = [whole.targets[index * 797 // 200] for index in range(200)]
     assert part.targets == expected
     assert len(images.train_plain(limit=5000)) == 1000
+
+
+def test_list_commands_draws_the_first_seed(paper, monkeypatch):
+    words = [
+        "paper.py", "--out", "runs", "--root", "cifar", "--network", "vgg16_bn", "--budget", "8",
+        "--figures", "500", "--points", "7", "--bf16",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.chdir(EXAMPLES.parent)
+    commands = paper.paper_figures.list_commands(paper.parse_options())
+    assert commands["geometry"] == [
+        "plot", "geometry", "runs/seed_0/constant", "-o", "runs/figures/geometry.png",
+    ]  # fmt: skip
+    assert " ".join(commands["segment"]) == (
+        "plot segment runs/seed_0/constant --ends average,runs/seed_0/sgd/epoch_008.pt "
+        "-o runs/figures/segment.png --model examples/networks.py:vgg16_bn "
+        "--data examples/images.py:test --data-arg limit=500 --data-arg root=cifar "
+        "--train-data examples/images.py:train --train-data-arg limit=500 "
+        "--train-data-arg root=cifar --amp bf16 "
+        "--results runs/figures/segment.json --resume --points 7"
+    )
+    assert "--points" not in commands["curve"]
