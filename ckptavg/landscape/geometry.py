@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ckptavg.inspection.geometry import Geometry
+from ckptavg.landscape.curves.named_runs import (
+    NamedRun,
+    StepAxis,
+    choose_steps,
+    landmarks_of,
+)
 from ckptavg.landscape.landscape import Landmark, Landscape, Point
-from ckptavg.runs.discovery.numbered import short_names
-from ckptavg.runs.order import paths_of
 
 TO_MEAN, NORM, STEP, COSINE = "to mean", "norm", "step", "cosine"
 
@@ -25,13 +30,13 @@ def lay_out_geometry(geometry: Geometry) -> Landscape:
         geometry: The return value of ``ckptavg.geometry``.
 
     Returns:
-        The landscape. ``x`` is the step, or the position in the run where a step is unknown or
-        occurs twice. The series are ``to mean`` (distance to the mean of all checkpoints),
-        ``norm``, ``step`` (distance to the checkpoint before) and ``cosine`` (cosine of the angle
-        between the steps to and from a checkpoint). ``facts`` has ``distances`` between all pairs,
-        (n, n), among others.
+        The landscape. ``x`` is the step, else the epoch, or the position in the run where one is
+        unknown or occurs twice. The series are ``to mean`` (distance to the mean of all
+        checkpoints), ``norm``, ``step`` (distance to the checkpoint before) and ``cosine`` (of the
+        angle between the steps to and from a checkpoint). ``facts`` has ``distances`` between all
+        pairs, (n, n), among others.
     """
-    positions = _positions(geometry)
+    axis = _choose_axis(geometry)
     series = {
         TO_MEAN: geometry.to_mean.tolist(),
         NORM: geometry.norms.tolist(),
@@ -40,35 +45,26 @@ def lay_out_geometry(geometry: Geometry) -> Landscape:
     }
     points: list[Point] = []
     for name, values in series.items():
-        for x, value in zip(positions, values, strict=True):
+        for x, value in zip(axis.steps, values, strict=True):
             if value is not None and math.isfinite(value):
                 points.append(Point(x, value, series=name))
-    title = "step"
-    if positions != _steps(geometry):
-        title = "position in the run"
     return Landscape(
         kind="geometry",
-        axes=(title, "distance in weight space"),
+        axes=(axis.title, "distance in weight space"),
         metrics=(),
         points=tuple(points),
-        checkpoints=tuple(_landmarks(geometry, positions)),
+        checkpoints=tuple(_landmarks(geometry, axis)),
         facts=_facts(geometry),
     )
 
 
-def _steps(geometry: Geometry) -> list[float | None]:
-    return [checkpoint.step for checkpoint in geometry.checkpoints]
-
-
-def _positions(geometry: Geometry) -> list[float]:
-    """Return the step of each checkpoint, or the position where the steps do not tell an order."""
-    steps: list[float] = []
-    for checkpoint in geometry.checkpoints:
-        if checkpoint.step is not None:
-            steps.append(checkpoint.step)
-    if len(set(steps)) == len(geometry.checkpoints):
-        return steps
-    return list(range(1, len(geometry.checkpoints) + 1))
+def _choose_axis(geometry: Geometry) -> StepAxis:
+    """Choose the axis of training; the position in the run where steps do not tell an order."""
+    axis = choose_steps([NamedRun("", geometry.run, 0)])
+    count = len(geometry.checkpoints)
+    if len(set(axis.steps)) == count:
+        return axis
+    return StepAxis("position in the run", tuple(float(number + 1) for number in range(count)))
 
 
 def _align(
@@ -94,23 +90,11 @@ def _align(
     return aligned
 
 
-def _landmarks(geometry: Geometry, positions: Sequence[float]) -> list[Landmark]:
+def _landmarks(geometry: Geometry, axis: StepAxis) -> list[Landmark]:
     """Return the checkpoints, each at its distance to the mean."""
-    names = short_names(paths_of(geometry.checkpoints))
+    landmarks = landmarks_of([NamedRun("", geometry.run, 0)], axis)
     to_mean = geometry.to_mean.tolist()
-    landmarks: list[Landmark] = []
-    for number, checkpoint in enumerate(geometry.checkpoints):
-        landmarks.append(
-            Landmark(
-                name=names[number],
-                path=str(checkpoint.path),
-                step=checkpoint.step,
-                lr=checkpoint.record.lr,
-                x=positions[number],
-                y=to_mean[number],
-            )
-        )
-    return landmarks
+    return [replace(mark, y=y) for mark, y in zip(landmarks, to_mean, strict=True)]
 
 
 def _facts(geometry: Geometry) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_geometry_series_are_those_of_whole_vectors(tmp_path):
         series = series_of(landscape, name)
         assert list(series) == xs
         assert list(series.values()) == pytest.approx(values.tolist(), rel=1e-9)
-    assert landscape.axes[0] == "step"
+    assert landscape.axes[0] == "epoch"
     torch.testing.assert_close(
         torch.tensor(landscape.facts["distances"]).double(),
         torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist"),

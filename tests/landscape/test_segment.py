@@ -59,7 +59,7 @@ def test_segment_ends_are_those_of_evaluate(run):
     assert (average.name, average.x, average.data) == ("average", 0, recomputed[0].metrics)
     last = landscape.checkpoints[-1]
     # A checkpoint's own statistics are those of its training.
-    assert (last.name, last.data) == ("last", recomputed[2].metrics)
+    assert (last.name, last.data) == ("last, its own statistics", recomputed[2].metrics)
     assert last.x == pytest.approx(1)
     assert points[1].data["nll"] != last.data["nll"]
 

@@ -13,7 +13,7 @@ import torch
 from ckptavg.errors import UsageError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.inspection.geometry import Geometry
-from ckptavg.landscape.lines.line_points import candidate_of
+from ckptavg.landscape.lines.line_points import candidate_of, mark_name
 from ckptavg.landscape.named_points import NamedPoint, NamedPoints
 from ckptavg.landscape.plane import length
 from ckptavg.landscape.points import PointLike, PointScore
@@ -133,7 +133,7 @@ class RayBundle:
         listed: dict[Key, PointLike] = {}
         for center in self.centers:
             if center.position is not None and self.recompute:
-                listed[center.name] = center.coefficients
+                listed[mark_name(center, recompute=True)] = center.coefficients
         listed |= self.center_candidates
         for number in range(self.settings.directions):
             listed |= self.list_moved(number, self.grid[1:])

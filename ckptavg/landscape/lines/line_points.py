@@ -49,3 +49,15 @@ def metrics_with_l2(task: Task) -> tuple[Metric, ...]:
             title = f"{metric.title} with L2 term"
             metrics.append(Metric(L2_LOSS, title, metric.form, metric.higher, metric.unit))
     return tuple(metrics)
+
+
+def mark_name(point: NamedPoint, *, recompute: bool) -> str:
+    """Return the name of a landmark: a checkpoint keeps statistics that points on lines do not.
+
+    Args:
+        point: The point.
+        recompute: True if the statistics of points on lines are recomputed.
+    """
+    if point.position is not None and recompute:
+        return f"{point.name}, its own statistics"
+    return point.name

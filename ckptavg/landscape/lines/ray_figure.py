@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptavg.landscape.landscape import Landmark, Landscape, Point
 from ckptavg.landscape.lines.bundle import RayBundle, key_of_center, series_of
+from ckptavg.landscape.lines.line_points import mark_name
 from ckptavg.landscape.lines.loss import RayLoss
 from ckptavg.landscape.lines.widths import (
     Width,
@@ -91,14 +92,15 @@ class RayFigure:
 
     def _landmark(self, center: NamedPoint, scores: Scores) -> Landmark:
         """Return a center, a checkpoint with statistics of its own."""
-        landmark = Landmark(center.name, None, None, None, 0.0)
+        name = mark_name(center, recompute=self.bundle.recompute)
+        landmark = Landmark(name, None, None, None, 0.0)
         if center.position is not None:
             checkpoint = self.bundle.named.run[center.position]
             landmark = replace(
                 landmark,
                 path=str(checkpoint.path), step=checkpoint.step, lr=checkpoint.record.lr,
             )  # fmt: skip
-        score = scores.get(center.name, scores.get(key_of_center(center)))
+        score = scores.get(name, scores.get(key_of_center(center)))
         if score is not None:
             landmark = replace(landmark, data=score.data, train=score.train)
         return landmark

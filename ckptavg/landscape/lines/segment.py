@@ -22,6 +22,7 @@ from ckptavg.landscape.lines.barrier import Barrier, choose_barriers, measure_ba
 from ckptavg.landscape.lines.line_points import (
     candidate_of,
     has_statistics_to_recompute,
+    mark_name,
     metrics_with_l2,
 )
 from ckptavg.landscape.named_points import (
@@ -217,8 +218,8 @@ class SegmentPoints:
         """
         listed: dict[Key, PointLike] = {}
         for end in self.named.points:
-            if self._keeps_statistics(end):
-                listed[end.name] = end.coefficients
+            if end.position is not None and self.recomputes:
+                listed[self._mark_name(end)] = end.coefficients
         for end in self.named.points:
             listed[end.coefficients] = candidate_of(self.named.run, end, recompute=self.recomputes)
         for t in self.grid:
@@ -226,9 +227,8 @@ class SegmentPoints:
             listed.setdefault(coefficients, coefficients)
         return listed
 
-    def _keeps_statistics(self, end: NamedPoint) -> bool:
-        """Return True if an end is also scored with statistics of its own."""
-        return end.position is not None and self.recomputes
+    def _mark_name(self, end: NamedPoint) -> str:
+        return mark_name(end, recompute=self.recomputes)
 
     def lay_out(self, scores: Scores) -> Landscape:
         """Lay out the points that have scores.
@@ -273,7 +273,7 @@ class SegmentPoints:
             coefficients[position] = 1.0
             name = names[position]
             if position in ends:
-                name = ends[position].name
+                name = self._mark_name(ends[position])
             mark = self._landmark(name, coefficients, scores)
             landmarks.append(
                 replace(
@@ -305,7 +305,7 @@ class SegmentPoints:
             name, None, None, None, t, None, length(differences, offset - t * direction)
         )
         for end in self.named.points:
-            score = scores.get(end.name, scores.get(end.coefficients))
+            score = scores.get(self._mark_name(end), scores.get(end.coefficients))
             if end.coefficients == tuple(coefficients) and score is not None:
                 return replace(landmark, data=score.data, train=score.train)
         return landmark
