@@ -24,6 +24,7 @@ import averaging  # noqa: E402
 import bench  # noqa: E402
 import checkpoints  # noqa: E402
 import growing  # noqa: E402
+import landscape  # noqa: E402
 import machine  # noqa: E402
 import measuring  # noqa: E402
 import parts  # noqa: E402
@@ -224,6 +225,21 @@ def scored_here(name, tmp_path, *arguments):
     assert not list((tmp_path / "room").iterdir())
     (table,) = json.loads(stored.read_text())["tables"]
     return table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["files", "memory"])
+def test_planes_of_both_programs_agree(scripts, tmp_path, part):
+    """Weights along axes that a script lays itself, with statistics that it computes itself."""
+    stored, room = tmp_path / "figures.json", tmp_path / "room"
+    arguments = ["--points", "2", "--images", "8", "-b", "4", "--pause", "0", "--device", "cpu"]
+    where = ["--dir", str(room), "--json", str(stored), "--only", part]
+    assert landscape.main([*arguments, *where]) == 0
+    (table,) = json.loads(stored.read_text())["tables"]
+    check = table["rows"]["population statistics, every 10th point"]
+    assert float(check["loss apart"]) < 1e-5
+    assert scripts.count(("plane_one_by_one", "torch", "1")) == 1
+    assert not list(room.iterdir())
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 CLASSES = 10
+SMALL = "small"
 _SEED = 20240229
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _DESCRIPTION = "scene.json"
@@ -30,7 +31,7 @@ class Scene:
 
     Attributes:
         directory: Holds it.
-        model: A name of torchvision's.
+        model: A name of torchvision's, or ``small`` for three convolutions with BatchNorm.
         checkpoints: In the run.
         averages: How many different ones of the run are stored.
         images: Photos, or tensors in memory.
@@ -87,9 +88,12 @@ class Scene:
     def network(self) -> torch.nn.Module:
         """A freshly initialized model, the same every time."""
         import torch
-        from torchvision.models import get_model
 
         torch.manual_seed(_SEED)
+        if self.model == SMALL:
+            return _small_network(self.crop)
+        from torchvision.models import get_model
+
         return get_model(self.model, weights=None, num_classes=CLASSES)
 
     def loader(self, *, shuffle: bool) -> DataLoader[Any]:
@@ -111,6 +115,21 @@ class Scene:
             pin_memory=self.device == "cuda",
             generator=torch.Generator().manual_seed(_SEED),
         )
+
+
+def _small_network(crop: int) -> torch.nn.Module:
+    """Three convolutions with BatchNorm, for images of CROP pixels."""
+    from torch import nn
+
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (16, 32, 64):
+        layers += [
+            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+            nn.ReLU(), nn.MaxPool2d(2),
+        ]  # fmt: skip
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * (crop // 8) ** 2, CLASSES))
 
 
 Score = tuple[float, float]
