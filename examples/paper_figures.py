@@ -32,6 +32,7 @@ def choose_checkpoints(directory: Path, settings: Settings) -> dict[str, list[st
         "pca": [constant],
         "segment": [constant, "--ends", f"average,{sgd}"],
         "rays": [constant, "--centers", f"average,{sgd}"],
+        "ensemble": [constant],
     }
 
 
@@ -54,6 +55,7 @@ def list_commands(chosen: argparse.Namespace) -> dict[str, list[str]]:
         if kind != "geometry":
             words[kind] += [*scored, "--results", f"{stem}.json", "--resume"]
         if kind in SAMPLED_FIGURES:
+            words[kind] += ["--weight-decay", f"{settings.weight_decay:g}"]
             words[kind] += ["--points", str(chosen.points)]
     return words
 

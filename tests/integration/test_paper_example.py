@@ -152,6 +152,6 @@ def test_list_commands_draws_the_first_seed(paper, monkeypatch):
         "--data examples/images.py:test --data-arg limit=500 --data-arg root=cifar "
         "--train-data examples/images.py:train --train-data-arg limit=500 "
         "--train-data-arg root=cifar --amp bf16 "
-        "--results runs/figures/segment.json --resume --points 7"
+        "--results runs/figures/segment.json --resume --weight-decay 0.0005 --points 7"
     )
     assert "--points" not in commands["curve"]
