@@ -87,12 +87,13 @@ def test_report_has_all_sections_and_is_inert(home):
     command("run", *SPECS, *TRAIN, "-o", "r.html")
     page = page_of()
     assert [*page.sections] == [
-        "verdict", "run", "candidates", "curve", "geometry", "segment", "make", "origin",
+        "verdict", "run", "candidates", "curve", "geometry", "segment", "reliability",
+        "make", "origin",
     ]  # fmt: skip
     labels = [a["aria-label"] for tag, a in page.elements if tag == "svg"]
-    assert len(labels) == 3
+    assert len(labels) == 4
     assert all(labels)
-    assert "Learning rate0.1 in all" in "".join(page.sections["run"].split("\n"))
+    assert "Learning rate0.1 throughout" in "".join(page.sections["run"].split("\n"))
     assert dict(page.elements[0][1]) == {"lang": "en"}
 
 

@@ -61,6 +61,10 @@ def test_verdict_is_one_sentence_with_the_interval():
     assert verdict.heading == "Better than the last checkpoint"
 
 
+def test_verdict_gives_a_bound_for_a_very_small_p():
+    assert "(p < 0.0001)" in judged(Difference(2.5, 1.25, 3.75, 1e-10, "mcnemar", 1000)).text
+
+
 class Costs(Classification):
     metrics = (COST,)
 

@@ -62,6 +62,7 @@ class Parsed(HTMLParser):
             self._open.pop()
 
     def handle_data(self, data):
+        data = data.replace("\u00a0", " ")
         if "style" in self._open:
             return
         self.texts.append(data)

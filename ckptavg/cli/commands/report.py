@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ckptavg.specs.recorded import ModelSource
 
 _REPORT = "Report"
-_FIGURES = ("curve", "geometry", "segment")
+_FIGURES = ("curve", "geometry", "segment", "reliability")
 # Options of running a model, which an average needs for its statistics only.
 _RUNNING = frozenset(
     {"model_spec", "model_arguments", "train_data_spec", "train_data_arguments", "device", "amp",
@@ -117,8 +117,8 @@ def _read_figures(text: str) -> tuple[str, ...]:
 )  # fmt: skip
 @option(
     _REPORT, "--figures", type=_read_figures, metavar="KIND,...", common=True,
-    help="Only these of curve, geometry, segment, or none. Points of curve and segment are scored "
-    "besides.  [default: all]",
+    help="Only these of curve, geometry, segment, reliability, or none. Points of curve and "
+    "segment are scored besides.  [default: all]",
 )  # fmt: skip
 @option(
     _REPORT, "--date", metavar="TEXT",

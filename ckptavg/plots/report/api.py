@@ -70,8 +70,8 @@ def report(  # noqa: D417 - arguments of `compare` share a line
         out: The ``.html`` file; None to write none.
         overwrite: True to replace an existing file.
         each: True to list every selected checkpoint in the table.
-        figures: Some of ``curve``, ``geometry`` and ``segment``. Points of curve and segment are
-            scored besides; they share the passes over the data.
+        figures: Some of ``curve``, ``geometry``, ``segment`` and ``reliability``. The points of
+            curve and segment are scored besides; they share the passes over the data.
         task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, progress: As
             for ``evaluate``.
         date: Text below the heading, such as the date of the report.

@@ -93,6 +93,7 @@ def lay_out_page(computed: Computed) -> Page:
         _show_curve(computed),
         _show_geometry(computed),
         _show_segment(computed),
+        _show_reliability(computed),
         _tell_how(computed),
         _list_notes(computed),
         _tell_origin(computed),
@@ -151,8 +152,8 @@ def _show_candidates(computed: Computed) -> Section:
     table = tabulate_scores(computed.results, computed.results.task)
     intro = Paragraph(
         "All candidates are scored on the same samples, and each is compared with the last "
-        "checkpoint sample by sample. An interval without 0 is more than the noise of a finite "
-        "data set; how another training would turn out, it does not tell."
+        "checkpoint sample by sample. An interval that excludes 0 is more than the noise of a "
+        "finite data set. It does not tell how another training would turn out."
     )
     return Section(
         "candidates", "Candidates", (intro, Tabulated(table, f"Scores on {table.title}"))
@@ -174,6 +175,15 @@ def _show_segment(computed: Computed) -> Section | None:
         return None
     sentence = Paragraph(describe(computed.scored.figures["segment"]))
     return Section("segment", "From the average to the last checkpoint", (sentence, drawing))
+
+
+def _show_reliability(computed: Computed) -> Section | None:
+    """Show how far confidences can be trusted."""
+    drawing = computed.drawings.get("reliability")
+    if drawing is None:
+        return None
+    sentence = Paragraph(describe(computed.scored.figures["reliability"]))
+    return Section("reliability", "Reliability of confidences", (sentence, drawing))
 
 
 def _show_geometry(computed: Computed) -> Section | None:

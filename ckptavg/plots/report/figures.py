@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from ckptavg.errors import CkptavgError, UsageError
 from ckptavg.evaluation.candidates import Candidate
-from ckptavg.evaluation.results import Result
+from ckptavg.evaluation.results import Result, Results
 from ckptavg.inspection.geometry import Geometry, geometry
 from ckptavg.landscape.curves.named_runs import NamedRun, choose_steps, name_runs
 from ckptavg.landscape.curves.scored_curve import ScoredCurve
@@ -26,12 +26,14 @@ from ckptavg.landscape.lines.line_points import has_statistics_to_recompute
 from ckptavg.landscape.lines.segment import SegmentPoints, space_evenly
 from ckptavg.landscape.named_points import NamedPoint, NamedPoints, find_points
 from ckptavg.landscape.points import PointLike, PointScore, PointScorer
+from ckptavg.landscape.reliability import check_classifier, lay_out_reliability
 from ckptavg.landscape.store import Key, Scores
 from ckptavg.plots.report.subject import Subject
+from ckptavg.plots.report.verdict import find_average
 
 log = logging.getLogger("ckptavg")
 
-FigureKind = Literal["curve", "geometry", "segment"]
+FigureKind = Literal["curve", "geometry", "segment", "reliability"]
 FIGURES: tuple[FigureKind, ...] = get_args(FigureKind)
 # Points from end to end of the segment.
 _SEGMENT_POINTS = 11
@@ -45,13 +47,13 @@ class PlannedFigure:
 
     Attributes:
         kind: Kind of the figure.
-        lay_out: Makes the landscape of the results by key.
+        lay_out: Makes the landscape of the results of points by key, and of the table's results.
         points: The points to score by their keys; empty for a figure of weights alone.
         compared: Keys of points that are compared, each with the key of its baseline.
     """
 
     kind: FigureKind
-    lay_out: Callable[[ResultsByKey], Landscape]
+    lay_out: Callable[[ResultsByKey, Results], Landscape]
     points: Mapping[Key, Candidate] = field(default_factory=dict)
     compared: Mapping[Key, Key] = field(default_factory=dict)
 
@@ -91,6 +93,8 @@ def plan_figures(
                 planned.append(_plan_curve(subject, scorer))
             elif kind == "segment":
                 planned.append(_plan_segment(subject, scorer, measured))
+            elif kind == "reliability":
+                planned.append(_plan_reliability(subject, scorer))
             elif measured is not None:
                 planned.append(_plan_geometry(measured))
         except CkptavgError as error:
@@ -115,7 +119,7 @@ def _plan_curve(subject: Subject, scorer: PointScorer) -> PlannedFigure:
     )
     ends = {run.name: _ends_of(run, total) for run in runs}
 
-    def lay_out(results: ResultsByKey) -> Landscape:
+    def lay_out(results: ResultsByKey, _: Results) -> Landscape:
         """Lay out the curve, with the comparison of each run's ends."""
         comparisons: list[PairComparison] = []
         for run in runs:
@@ -165,11 +169,32 @@ def _plan_segment(
         has_statistics_to_recompute(scorer),
     )
     points = _as_candidates(segment.to_score(), scorer)
-    return PlannedFigure("segment", lambda results: segment.lay_out(_scores_of(results)), points)
+    return PlannedFigure("segment", lambda results, _: segment.lay_out(_scores_of(results)), points)
 
 
 def _plan_geometry(measured: Geometry) -> PlannedFigure:
-    return PlannedFigure("geometry", lambda _: lay_out_geometry(measured))
+    return PlannedFigure("geometry", lambda *_: lay_out_geometry(measured))
+
+
+def _plan_reliability(subject: Subject, scorer: PointScorer) -> PlannedFigure:
+    """Plan the reliability of the last checkpoint, of the average and of the ensemble.
+
+    Raises:
+        UsageError: The task has no bins of confidence.
+    """
+    check_classifier(scorer.task)
+
+    def lay_out(_: ResultsByKey, results: Results) -> Landscape:
+        """Lay out the bins of the candidates that a decision is between."""
+        average = find_average(results, subject.average)
+        shown: list[Result] = []
+        for result in results:
+            is_ensemble = result.candidate.kind == "ensemble"
+            if result.candidate.last or result is average or is_ensemble:
+                shown.append(result)
+        return lay_out_reliability(Results(shown, scorer.task))
+
+    return PlannedFigure("reliability", lay_out)
 
 
 def _refuse_rules(subject: Subject) -> None:

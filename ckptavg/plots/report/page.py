@@ -140,6 +140,7 @@ def render(page: Page) -> str:
         finalize=_finalize,
     )
     environment.filters["code"] = _escape_code
+    environment.filters["tied"] = _tie_units
     environment.filters["drawn"] = import_optional("markupsafe", "markupsafe").Markup
     text: str = environment.get_template("report.html").render(page=page, best=BEST)
     return text
@@ -150,6 +151,15 @@ def _finalize(value: Any) -> Any:
     if type(value) is str:
         return printable(value)
     return value
+
+
+def _tie_units(text: str) -> Any:
+    """Escape a sentence, in which no line ends between a number and its unit."""
+    markupsafe = import_optional("markupsafe", "markupsafe")
+    escaped = str(markupsafe.escape(printable(text)))
+    for between in (" %", " ="):
+        escaped = escaped.replace(between, f"\u00a0{between[1:]}")
+    return markupsafe.Markup(escaped)
 
 
 def _escape_code(text: str) -> Any:

@@ -42,7 +42,7 @@ def rates_text(checkpoints: Sequence[Checkpoint]) -> str:
     if not recorded:
         return "not recorded"
     missing = len(checkpoints) - len(recorded)
-    text = f"{min(recorded):.6g} in all"
+    text = f"{min(recorded):.6g} throughout"
     if min(recorded) != max(recorded):
         text = f"{min(recorded):.6g} to {max(recorded):.6g}"
     if missing:

@@ -77,14 +77,15 @@ def score_all(
     if not found or any(_is_hole(result) for result in results):
         # By itself, a table says what is wrong with a candidate.
         results = _score(table, scorer, progress, keep_nonfinite=subject.keep_nonfinite)
+    distinct = Results(without_repeats(results), scorer.task)
     figures: dict[FigureKind, Landscape] = {}
     for figure in planned:
         by_key = {key: result for (kind, key), result in found.items() if kind == figure.kind}
         if by_key or not figure.points:
-            figures[figure.kind] = figure.lay_out(by_key)
+            figures[figure.kind] = figure.lay_out(by_key, distinct)
     known = set(chain.from_iterable(map(_weights_of, table)))
     further = set(chain.from_iterable(map(_weights_of, points.values()))) - known
-    return Scored(Results(without_repeats(results), scorer.task), figures, len(further))
+    return Scored(distinct, figures, len(further))
 
 
 def _candidates_of(figures: Sequence[PlannedFigure], average: Average) -> dict[_Place, Candidate]:

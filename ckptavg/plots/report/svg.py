@@ -56,7 +56,7 @@ def draw_inline(landscape: Landscape, prefix: str, label: str) -> str:
 
 def _draw_as_vectors(figure: Figure) -> None:
     """Replace images by cells that are drawn, since a page without images shows no others."""
-    for axes in figure.axes:
+    for axes in _panels_of(figure):
         limits = axes.get_xlim(), axes.get_ylim()
         for image in [*axes.images]:
             values: Any = np.ma.asarray(image.get_array())
@@ -75,6 +75,15 @@ def _draw_as_vectors(figure: Figure) -> None:
         axes.set_ylim(limits[1])
         for collection in axes.collections:
             collection.set_rasterized(False)
+
+
+def _panels_of(figure: Figure) -> list[Axes]:
+    """List the panels of a figure, and the colour bars within."""
+    panels: list[Axes] = []
+    for axes in figure.axes:
+        panels.append(axes)
+        panels += [child for child in axes.child_axes if isinstance(child, Axes)]
+    return panels
 
 
 def _thin_out(count: int) -> list[int]:

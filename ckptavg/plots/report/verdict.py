@@ -22,6 +22,7 @@ _HEADINGS: dict[Outcome, str] = {
     "single": "Nothing to average",
 }
 _LAST = "the last checkpoint"
+_SMALL_P = 0.0001
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,15 @@ def _difference_text(difference: Difference, metric: Metric) -> str:
     form = f"+{metric.form}"
     return (
         f"a difference of {difference.value:{form}}{of_unit} with a 95 % interval from "
-        f"{difference.low:{form}} to {difference.high:{form}} (p = {difference.p:.2g})"
+        f"{difference.low:{form}} to {difference.high:{form}} ({p_text(difference.p)})"
     )
+
+
+def p_text(p: float) -> str:
+    """Word a p value; very small ones by their bound."""
+    if p < _SMALL_P:
+        return f"p < {_SMALL_P}"
+    return f"p = {p:.2g}"
 
 
 def _advise(outcome: Outcome, scored: Result) -> list[str]:
