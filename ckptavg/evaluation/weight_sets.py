@@ -19,7 +19,7 @@ from ckptavg.evaluation.candidates import Candidate
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.running_statistics import Statistics
 from ckptavg.models.load import load_into
-from ckptavg.models.perturbation import Perturbation
+from ckptavg.models.perturbation import Perturbation, apply_together
 from ckptavg.models.runtime import Runtime
 from ckptavg.outputs.sinks import StateDict
 from ckptavg.tasks.base import in_float64
@@ -192,7 +192,14 @@ def load_models(
         else:
             # The last user of a source takes the weights, which frees the memory afterwards.
             tensors = weights.pop(source_id)
-        weight_set.model = _load_copy(template, tensors, weight_set, runtime)
+        weight_set.model = _load_copy(template, tensors, weight_set.name, runtime)
+    moves: list[tuple[nn.Module, Perturbation]] = []
+    for weight_set in group:
+        if weight_set.perturbation is not None:
+            moves.append((weight_set.model, weight_set.perturbation))
+    apply_together(moves)
+    for weight_set in group:
+        weight_set.model.eval()
 
 
 def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[int, StateDict]:
@@ -218,20 +225,17 @@ def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[
     return dict(zip(sources, state_dicts, strict=True))
 
 
-def _load_copy(
-    template: nn.Module, weights: StateDict, weight_set: WeightSet, runtime: Runtime
-) -> nn.Module:
-    # Weights are loaded in training mode, since some modules merge weights when leaving it.
+def _load_copy(template: nn.Module, weights: StateDict, name: str, runtime: Runtime) -> nn.Module:
+    """Load weights into a copy of the template, on the device and in training mode.
+
+    Some modules merge weights when leaving training mode, which comes after all changes of weights.
+    """
     model = copy.deepcopy(template)
     # Not chained: an overridden ``train`` may return None.
     model.train()
-    load_into(model, weights, weight_set.name)
-    if weight_set.perturbation is not None:
-        weight_set.perturbation.apply(model)
+    load_into(model, weights, name)
     stop_observers(model)
-    model = model.to(runtime.device)
-    model.eval()
-    return model
+    return model.to(runtime.device)
 
 
 def release_models(group: Iterable[WeightSet], device: torch.device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,39 +89,65 @@ class Perturbation:
     distance: float
 
     def apply(self, model: nn.Module) -> None:
-        """Move the parameters of a module, one after another.
+        """Move the parameters of a module; see ``apply_together``."""
+        apply_together([(model, self)])
 
-        Sums are computed in float64 on the CPU and rounded once to the parameter's type.
 
-        Args:
-            model: The module, which changes.
+def apply_together(moves: Iterable[tuple[nn.Module, Perturbation]]) -> None:
+    """Move the parameters of modules of one kind, and draw each direction only once.
 
-        Raises:
-            ModelError: The module has no floating-point parameters.
-        """
-        parameters = _weights_of(model)
+    Drawing takes most of the time. Sums are computed in float64 on the CPU and rounded once to the
+    parameter's type, so that they do not depend on the device or on the other modules.
+
+    Args:
+        moves: Modules, which change, each with its step.
+
+    Raises:
+        ModelError: A module has no floating-point parameters.
+    """
+    by_direction: dict[Direction, list[tuple[dict[str, torch.Tensor], float]]] = {}
+    for model, step in moves:
+        if step.distance:
+            by_direction.setdefault(step.direction, []).append((_weights_of(model), step.distance))
+    for direction, movers in by_direction.items():
         sizes: list[tuple[str, int]] = []
-        for name, values in parameters.items():
+        for name, values in movers[0][0].items():
             sizes.append((name, values.numel()))
-        if not any(count for _, count in sizes):
-            raise ModelError("the model has no floating-point parameters to move along a ray")
-        if not self.distance:
-            return
-        factor = self.distance / self.direction.norm(tuple(sizes))
-        for name, values in parameters.items():
-            moved = values.flatten()
-            start = 0
-            for numbers in self.direction.draw(name, values.numel()):
-                part = moved[start : start + len(numbers)]
-                part.copy_(numbers.mul_(factor).add_(part.cpu().double()))
-                start += len(numbers)
-            # ``flatten`` copies a parameter whose memory is not contiguous.
-            if not values.is_contiguous():
-                values.copy_(moved.view(values.shape))
+        norm = direction.norm(tuple(sizes))
+        for name, count in sizes:
+            targets: list[tuple[torch.Tensor, float]] = []
+            for weights, distance in movers:
+                targets.append((weights[name], distance / norm))
+            _move(targets, direction.draw(name, count))
+
+
+def _move(targets: Sequence[tuple[torch.Tensor, float]], drawn: Iterable[torch.Tensor]) -> None:
+    """Move the same weight of several modules.
+
+    Args:
+        targets: Values of the weight, which change, each with a factor of the numbers.
+        drawn: The numbers, one part after another.
+    """
+    # ``flatten`` copies a parameter whose memory is not contiguous.
+    flat = [values.flatten() for values, _ in targets]
+    start = 0
+    for numbers in drawn:
+        end = start + len(numbers)
+        for values, (_, factor) in zip(flat, targets, strict=True):
+            part = values[start:end]
+            part.copy_((numbers * factor).add_(part.cpu().double()))
+        start = end
+    for moved, (values, _) in zip(flat, targets, strict=True):
+        if not values.is_contiguous():
+            values.copy_(moved.view(values.shape))
 
 
 def _weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the values of a module's floating-point parameters, by bare name, as real numbers."""
+    """Return the values of a module's floating-point parameters, by bare name, as real numbers.
+
+    Raises:
+        ModelError: There are none.
+    """
     stored = dict(model.named_parameters())
     bare = bare_names(list(stored))
     weights: dict[str, torch.Tensor] = {}
@@ -129,6 +155,8 @@ def _weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
         values = parameter.detach()
         if values.is_complex():
             values = torch.view_as_real(values)
-        if values.is_floating_point():
+        if values.is_floating_point() and values.numel():
             weights[bare.get(name, name)] = values
+    if not weights:
+        raise ModelError("the model has no floating-point parameters to move along a ray")
     return weights

@@ -143,3 +143,29 @@ def test_perturbation_draws_a_large_tensor_in_parts(monkeypatch):
 def test_perturbation_refuses_a_module_without_parameters():
     with pytest.raises(ModelError, match="no floating-point parameters"):
         Perturbation(Direction(0, 0), 1.0).apply(nn.Flatten())
+
+
+def test_perturbations_together_are_those_of_each_alone(monkeypatch):
+    torch.manual_seed(0)
+    models = [Net() for _ in range(4)]
+    steps = [
+        Perturbation(Direction(0, number), distance)
+        for number, distance in ((0, 1.0), (1, 2.0), (0, -3.0), (1, 0.0))
+    ]
+    alone = [copy.deepcopy(model) for model in models]
+    for model, step in zip(alone, steps, strict=True):
+        step.apply(model)
+    drawn = []
+    draw = Direction.draw
+
+    def counted(self, name, count):
+        drawn.append((self.number, name))
+        return draw(self, name, count)
+
+    monkeypatch.setattr(Direction, "draw", counted)
+    perturbation.apply_together(zip(models, steps, strict=True))
+    for together, single in zip(models, alone, strict=True):
+        for a, b in zip(together.parameters(), single.parameters(), strict=True):
+            assert torch.equal(a, b)
+    # The norms are known from before.
+    assert len(drawn) == len(set(drawn)) == 2 * len(list(Net().parameters()))
