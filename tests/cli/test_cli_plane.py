@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from command_line import ckptavg, one_line_error
+from launching import launch, run_alone
+
+from ckptavg.landscape.landscape import Landscape
 
 OWN = ["--model", "net.py:model", "--data", "net.py:data"]
 TRAINED = [*OWN, "--train-data", "net.py:data", "--train-data-arg", "seed=1"]
@@ -123,3 +126,42 @@ def test_plot_plane_help_shows_the_essentials_first() -> None:
     first_screen = "\n".join(ckptavg("plot", "plane", "--help").stdout.splitlines()[:24])
     for text in ("--model", "--data", "--train-data", "--weight-decay", "-o", "--through"):
         assert text in first_screen
+
+
+def test_plot_plane_that_is_interrupted_keeps_what_was_scored(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Landscape.save
+
+    def interrupt(self: Landscape, path: Path) -> None:
+        save(self, path)
+        raise KeyboardInterrupt
+
+    command = ["plot", "plane", "run", *TRAINED, "--points", "5", "--results", "p.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Landscape, "save", interrupt)
+        result = ckptavg(*command)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "Interrupted: p.json had been written."
+    assert len(json.loads(Path("p.json").read_text())["points"]) == 5
+    result = ckptavg(*command, "--resume")
+    assert "9 of 30 points are in p.json" in result.stderr
+    whole = json.loads(Path("p.json").read_text())["points"]
+    ckptavg(*command[:-1], "whole.json")
+    assert json.loads(Path("whole.json").read_text())["points"] == whole
+
+
+@pytest.mark.slow
+def test_plot_plane_is_the_same_for_any_number_of_processes(home: Path) -> None:
+    command = ["plot", "plane", "run", *TRAINED, "--batch-size", "8", "--weight-decay", "1e-3"]
+    alone = json.loads(run_alone(*command, *SMALL, "--json"))
+    together = [*command, "--results", "p.json", "--json"]
+    calls = [[*together, *SMALL], [*together, "--points", "5", "--resume"]]
+    first, resumed = launch("plane", [{"args": args} for args in calls], count=2)
+    assert [result["code"] for result in (*first, *resumed)] == [0] * 4
+    assert not first[1]["out"]
+    shown = json.loads(first[0]["out"])
+    for wanted, point in zip(alone["points"], shown["points"], strict=True):
+        for data in ("data", "train"):
+            assert point[data] == pytest.approx(wanted[data], rel=1e-6)
+    assert "14 of 30 points are in p.json" in resumed[0]["err"]
