@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["curve", "plane", "pca", "segment", "rays", "ensemble", "geometry", "reliability"]
 SUFFIXES = (".json", ".npz")
+L2_LOSS = "l2_loss"
+"""Key of the loss with the L2 term among the metrics on training data."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,24 @@ class Landscape:
     averages: tuple[Landmark, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one line for tracebacks and notebooks."""
+        marks = len(self.checkpoints) + len(self.averages)
+        return (
+            f"<Landscape of kind {self.kind}: {len(self.points)} points, {marks} marked "
+            "checkpoints and averages>"
+        )
+
+    def __str__(self) -> str:
+        # Imported on demand: only a printed table needs the layout.
+        from ckptavg.display.terminal import printed_table  # noqa: PLC0415
+        from ckptavg.landscape.landmark_table import tabulate_landmarks  # noqa: PLC0415
+
+        if not (self.checkpoints or self.averages):
+            return repr(self)
+        title = f"{self.kind} of {len(self.points)} points; marked points"
+        return printed_table(tabulate_landmarks(self, title))
 
     @property
     def units(self) -> dict[str, str]:

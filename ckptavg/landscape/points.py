@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ckptavg.data.argument_checks import check_data, check_forward, check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
 from ckptavg.data.samplers import single_use_error
+from ckptavg.display.pass_progress import PassProgress, duration_text
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import Peers, find_peers
 from ckptavg.errors import EvaluationError, UsageError
@@ -24,7 +25,7 @@ from ckptavg.evaluation.identity import EvaluationCall
 from ckptavg.evaluation.results import Result
 from ckptavg.evaluation.resume import digest_of, keys_of
 from ckptavg.evaluation.session import score_on
-from ckptavg.landscape.pass_progress import PassProgress, duration_text
+from ckptavg.landscape.landscape import L2_LOSS
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.runtime import Runtime, count_models_that_fit
 from ckptavg.runs.run import Run
@@ -36,8 +37,6 @@ log = logging.getLogger("ckptavg")
 _timing = logging.getLogger("ckptavg.timing")
 
 EVALUATION, TRAINING = "evaluation", "training data"
-# Key of the loss with the L2 term among the metrics on training data.
-L2_LOSS = "l2_loss"
 # Points of the first pass, and the most of any pass. Each pass has twice as many as the one before:
 # the first tells the time soon, and little is lost when the work is interrupted. Beyond the most,
 # reading the data takes a small part of the time anyway.

@@ -777,3 +777,20 @@ def test_update_bn_takes_sync_batchnorm_on_gpu():
     values = normal(7, 3, dtype=torch.float32)
     update_bn(layer, copy.deepcopy(values).split([6, 1]))
     assert_statistics(layer, values, rtol=1e-6)
+
+
+def test_recompute_writes_nan_where_asked_for_statistics_that_are_not_finite():
+    """One model's inputs overflow; the other's statistics are as ever."""
+    whole, broken = net(), net()
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.inf)
+    before = copy.deepcopy(whole)
+    batches = images()
+    with pytest.raises(BatchNormError, match="not finite"):
+        recompute([whole, broken], batches, Runtime(torch.device("cpu")))
+    recompute([whole, broken], batches, Runtime(torch.device("cpu")), keep_nonfinite=True)
+    update_bn(before, batches)
+    assert_same_state(whole, state_of(before))
+    variances = [value for name, value in broken.named_buffers() if "running_var" in name]
+    assert any(bool(variance.isnan().any()) for variance in variances)
+    assert not any(bool(variance.isinf().any()) for variance in variances)

@@ -80,3 +80,12 @@ def test_landscape_refuses_other_content(tmp_path, text):
     path.write_text(text)
     with pytest.raises(OutputError, match="holds no landscape"):
         Landscape.load(path)
+
+
+def test_landscape_without_marks_is_a_line():
+    bare = Landscape("rays", ("t", ""), METRICS, ())
+    assert (
+        str(bare)
+        == repr(bare)
+        == ("<Landscape of kind rays: 0 points, 0 marked checkpoints and averages>")
+    )

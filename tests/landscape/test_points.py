@@ -7,10 +7,10 @@ import torch
 from landscapes import Net, data_of, metrics_at, network_at, norm_of, save_run, state_of, weights_at
 
 from ckptavg import Candidate, evaluate
+from ckptavg.display.pass_progress import PassProgress, duration_text
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.errors import CkptavgError, EvaluationError, UsageError
 from ckptavg.landscape import points as points_module
-from ckptavg.landscape.pass_progress import PassProgress, duration_text
 from ckptavg.landscape.points import PointScore, PointScorer, require_finite
 
 TRAIN, TEST = data_of(1, 96), data_of(2)

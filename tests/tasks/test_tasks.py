@@ -20,6 +20,14 @@ from ckptavg.tasks.classification import Classification
 from ckptavg.tasks.named import as_task
 
 
+@pytest.mark.parametrize("name", ["image-classification", "causal-lm", "regression"])
+def test_task_names_its_training_loss_among_its_metrics(name):
+    task = as_task(name)
+    metrics = {metric.key: metric for metric in task.metrics}
+    assert metrics[task.loss].higher is False
+    assert Task.loss is None
+
+
 class Sums:
     """A mean of values, as little as there can be of it."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ckptavg.averaging.plan import plan_average
 from ckptavg.evaluation.candidates import Candidate
+from ckptavg.landscape.landscape import L2_LOSS
 from ckptavg.landscape.named_points import NamedPoint
-from ckptavg.landscape.points import L2_LOSS, PointScorer
+from ckptavg.landscape.points import PointScorer
 from ckptavg.runs.run import Run
 from ckptavg.tasks import Metric, Task
 

@@ -224,6 +224,19 @@ def test_plane_refuses_a_line(tmp_path):
             function(open_run(tmp_path / "line"), Net(), TEST)
 
 
+def test_plane_is_printed_as_a_table_of_marked_points(landscape):
+    assert repr(landscape) == (
+        "<Landscape of kind plane: 16 points, 6 marked checkpoints and averages>"
+    )
+    title, columns, _, *rows = str(landscape).splitlines()
+    assert title == "plane of 16 points; marked points"
+    assert columns.split()[:5] == ["point", "step", "x", "y", "distance"]
+    names = [f"step_{step}.pt" for step in range(1, 6)]
+    assert [row.split()[0] for row in rows if row] == [*names, "average"]
+    mark = landscape.checkpoints[2]
+    assert rows[2].split()[-1] == f"{mark.train['l2_loss']:.4f}"
+
+
 def test_pca_is_centred_at_the_average(run):
     landscape = ckptavg.pca(run, Net(), TEST, train_data=TRAIN, points=3)
     average = landscape.averages[0]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptavg.cli.command import command
-from ckptavg.cli.commands.plots.landmarks import show_landmarks
 from ckptavg.cli.console import Report
 from ckptavg.cli.options.averaging import key_option
 from ckptavg.cli.options.declare import bundle, option, together
@@ -138,12 +137,15 @@ def plane(
     """
     names = through.split(",")
     run = options.open_run("plane")
-    from ckptavg.landscape.planes import scored_plane  # noqa: PLC0415 - help without torch
+    from ckptavg.landscape.landmark_table import (  # noqa: PLC0415 - help without torch
+        tabulate_landmarks,
+    )
+    from ckptavg.landscape.planes import scored_plane  # noqa: PLC0415
 
     scored_plane.check_corners(run, names)
     landscape = options.score(scored_plane.plane, run, report, processes, through=names)
     title = f"the plane through {', '.join(landscape.facts['through'])}; values are exact"
-    show_landmarks(report, landscape, title)
+    report.draw(tabulate_landmarks(landscape, title))
     options.figure.publish(report, landscape)
 
 
@@ -162,10 +164,13 @@ def pca(report: Report, processes: TorchrunGroup | None, options: PlaneOptions) 
           --weight-decay 1e-4 -o pca.png --results pca.json
     """
     run = options.open_run("pca")
-    from ckptavg.landscape.planes import scored_plane  # noqa: PLC0415 - help without torch
+    from ckptavg.landscape.landmark_table import (  # noqa: PLC0415 - help without torch
+        tabulate_landmarks,
+    )
+    from ckptavg.landscape.planes import scored_plane  # noqa: PLC0415
 
     landscape = options.score(scored_plane.pca, run, report, processes)
     first, second = landscape.facts["explained"]
     title = f"principal components with {first:.0%} and {second:.0%} of the variance"
-    show_landmarks(report, landscape, title)
+    report.draw(tabulate_landmarks(landscape, title))
     options.figure.publish(report, landscape)
