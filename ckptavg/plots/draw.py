@@ -26,7 +26,7 @@ from ckptavg.plots.panels import (
     fit_height,
     new_figure,
     put_key_below,
-    put_key_inside,
+    put_key_beside,
 )
 from ckptavg.plots.style import figure_style
 
@@ -78,7 +78,7 @@ def draw(
     Args:
         landscape: Scored points.
         ax: Axes to draw on, or one per panel; a new figure where None. Given axes keep their own
-            style, and get their legend inside.
+            style, and get the legend below the last of them.
 
     Returns:
         The figure, and its axes: one, or a tuple where there are several panels.
@@ -110,7 +110,7 @@ def _draw_on(
     if drawing.layout(landscape).equal:
         for panel in panels:
             panel.set_aspect("equal")
-    put_key_inside(panels[-1], key)
+    put_key_beside(panels[-1], key)
     figure = panels[0].get_figure(root=True)
     assert isinstance(figure, Figure)
     return figure, _as_value(panels)

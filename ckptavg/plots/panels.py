@@ -24,8 +24,9 @@ _LINE = 118
 _HANDLE = 7
 _MOST_COLUMNS = 4
 _LINE_HEIGHT = 0.18  # inches
+_BELOW = 0.55  # inches for labels between a panel and a legend below it
 # Characters of a label per inch, fewest characters of a line, and inches around a panel.
-_PER_INCH, _NARROW, _MARGIN = 13.0, 16, 0.6
+_PER_INCH, _NARROW, _MARGIN = 12.0, 16, 0.6
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,22 @@ def put_key_below(figure: Figure, key: Key) -> None:
         _style_legend(legend)
 
 
-def put_key_inside(axes: Axes, key: Key) -> None:
-    """Put a legend into a panel, where it covers least."""
-    if key.labels:
-        legend = axes.legend(
-            key.handles,
-            key.labels,
-            loc="best",
-            title=key.title or None,
-            fontsize=SMALL,
-            framealpha=0.85,
-        )
-        _style_legend(legend)
+def put_key_beside(axes: Axes, key: Key) -> None:
+    """Put a legend below a panel of the caller's, to the left from its right end."""
+    if not key.labels:
+        return
+    box = axes.get_window_extent()
+    legend = axes.legend(
+        key.handles,
+        key.labels,
+        loc="upper right",
+        bbox_to_anchor=(1.0, -_BELOW * axes.figure.dpi / max(box.height, 1.0)),
+        ncols=key.columns,
+        title=key.title or None,
+        fontsize=SMALL,
+        frameon=False,
+    )
+    _style_legend(legend)
 
 
 def _style_legend(legend: Any) -> None:
@@ -203,12 +208,24 @@ def short_names(names: Sequence[str], room: int = NAME_ROOM) -> list[str]:
 
 
 def put_colour_bar(panel: Axes, drawn: Any, title: str = "", **look: Any) -> Any:
-    """Put a colour bar beside a panel, inside its box, so that both have the same height."""
+    """Put a colour bar beside a panel.
+
+    In a figure of our own it is inside the panel's box, so that both have the same height. A panel
+    of the caller's gives it room, since its neighbours may be close.
+    """
     figure = panel.get_figure()
     assert figure is not None
-    bar = figure.colorbar(drawn, cax=panel.inset_axes((1.03, 0.0, 0.04, 1.0)), **look)
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        bar = figure.colorbar(drawn, cax=panel.inset_axes((1.03, 0.0, 0.04, 1.0)), **look)
+    else:
+        bar = figure.colorbar(drawn, ax=panel, pad=0.03, fraction=0.05, **look)
     bar.ax.tick_params(length=2)
     bar.outline.set_linewidth(0.5)
     if title:
         bar.set_label(title)
     return bar
+
+
+def ink_of(panel: Axes) -> Any:
+    """Return the colour of a panel's own texts."""
+    return panel.xaxis.label.get_color()

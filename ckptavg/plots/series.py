@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ckptavg.landscape.landscape import Landscape, Point
 from ckptavg.plots.quantities import Quantity
-from ckptavg.plots.style import BAND, LineStyle
+from ckptavg.plots.style import BAND, TRAINING, LineStyle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ def draw_line(
     """
     look: dict[str, Any] = style.of_line()
     if training:
-        look |= {"linestyle": (0, (4, 2)), "marker": "none"}
+        look |= {"linestyle": TRAINING, "marker": "none"}
         width *= 0.7
     every = max(-(-len(line.x) // _MARKED), 1)
     (drawn,) = panel.plot(
@@ -130,7 +130,7 @@ def sample_of(style: LineStyle, *, width: float = 1.4, training: bool = False) -
     """Return a sample of a line for the legend."""
     look: dict[str, Any] = style.of_line()
     if training:
-        look |= {"linestyle": (0, (4, 2)), "marker": "none"}
+        look |= {"linestyle": TRAINING, "marker": "none"}
     return Line2D([], [], linewidth=width, markersize=4, markeredgewidth=0, **look)
 
 

@@ -20,7 +20,9 @@ STAR = "#d55e00"
 # Okabe and Ito's palette without its yellow, which white paper swallows. Neighbours differ in
 # lightness, for printers without colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#1a1a1a", "#e69f00", "#56b4e9")
-DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+# Plain dashes are left to values on training data.
+DASHES = ("-", (0, (8, 1.5, 1.5, 1.5)), (0, (1.2, 1.2)), (0, (3, 1.2, 1, 1.2, 1, 1.2)), (0, (1, 3)))
+TRAINING = (0, (4, 2.5))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BAND = 0.15  # opacity
 SMALL = 8.0  # points

@@ -69,6 +69,14 @@ def test_plane_shows_training_loss_and_evaluation_error():
     assert sum("epoch" in text for text in texts) == 3
 
 
+def test_plane_corners_bear_the_words_that_name_them():
+    landscape = plane()
+    facts = {**landscape.facts, "through": ["first", "epoch_185.pt", "last"]}
+    figure, _ = replace(landscape, facts=facts).plot()
+    names = [text.partition(":")[0] for text in legend_texts(figure)[0]]
+    assert names[:4] == ["first (epoch_160.pt)", "epoch_185.pt", "last (epoch_210.pt)", "average"]
+
+
 def test_plane_marks_stand_at_their_coordinates():
     landscape = plane()
     _, (_, error) = landscape.plot()
@@ -195,6 +203,17 @@ def test_segment_barrier_is_above_the_straight_line():
     assert texts == ["epoch_200.pt: 0.1500 nats; 9.00 %", "average: 0.1800 nats; 5.00 %"]
 
 
+def test_segment_mark_off_the_line_is_explained():
+    landscape = segment()
+    (other, first) = landscape.checkpoints
+    moved = replace(first, data={"top1": first.data["top1"] - 0.5})
+    note = "off the line: a checkpoint with BatchNorm statistics of its own"
+    figure, _ = landscape.plot()
+    assert note not in legend_texts(figure)[0]
+    figure, _ = replace(landscape, checkpoints=(other, moved)).plot()
+    assert note in legend_texts(figure)[0]
+
+
 def test_segment_without_barrier_says_so():
     _, (loss, error) = segment(barrier=False, beyond=4).plot()
     assert loss.get_title(loc="right") == error.get_title(loc="right") == "no barrier"
@@ -297,6 +316,10 @@ def test_figure_draws_on_given_axes():
     assert (returned, panels) == (figure, tuple(axes))
     assert axes[1].get_legend() is not None
     assert not figure.legends
+    figure.draw_without_rendering()
+    # The legend covers no panel.
+    legend = axes[1].get_legend().get_window_extent()
+    assert not any(legend.overlaps(panel.get_window_extent()) for panel in axes)
 
 
 def test_figure_refuses_other_axes():

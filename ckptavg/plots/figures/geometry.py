@@ -90,7 +90,9 @@ def _bottom(panel: Axes) -> float:
 def _draw_cosines(panel: Axes) -> None:
     """Draw the cosines that mean something."""
     low, high = panel.get_ylim()
-    panel.set_ylim(min(low, -0.62), max(high, 0.12))
+    low, high = min(low, -0.6), max(high, 0.1)
+    margin = 0.04 * (high - low)
+    panel.set_ylim(low - margin, high + margin)
     for value, name in _COSINES:
         if panel.get_ylim()[0] <= value <= panel.get_ylim()[1]:
             panel.axhline(value, color=GREY, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)

@@ -102,6 +102,34 @@ def named_marks(landscape: Landscape) -> tuple[Landmark, ...]:
     return (*marks.corners, *marks.averages)
 
 
+def _names_of(landscape: Landscape, marks: Sequence[Landmark]) -> list[str]:
+    """Return the names of marks, with the words by which the plane's corners were given."""
+    given = dict(zip(_corners_in_order(marks), landscape.facts.get("through", ()), strict=False))
+    names: list[str] = []
+    for number, mark in enumerate(marks):
+        word = given.get(number, mark.name)
+        if word == mark.name:
+            names.append(mark.name)
+        else:
+            names.append(f"{word} ({mark.name})")
+    return names
+
+
+def _corners_in_order(marks: Sequence[Landmark]) -> list[int]:
+    """Return the positions of the three corners in the order in which the plane was laid.
+
+    The first is the origin, and the second is on the horizontal axis.
+    """
+    on_plane = [n for n, mark in enumerate(marks) if mark.distance == 0 and mark.y is not None]
+    if len(on_plane) < len(_CORNERS):
+        return []
+    first = min(on_plane, key=lambda n: math.hypot(marks[n].x or 0.0, marks[n].y or 0.0))
+    rest = [n for n in on_plane if n != first]
+    second = min(rest, key=lambda n: abs(marks[n].y or 0.0))
+    third = max(rest, key=lambda n: abs(marks[n].y or 0.0))
+    return [first, second, third]
+
+
 def draw_marks(landscape: Landscape, panel: Axes) -> None:
     """Draw the checkpoints in order, the corners and the averages."""
     marks = marks_of(landscape)
@@ -149,7 +177,7 @@ def key_of_marks(landscape: Landscape, quantities: Sequence[Quantity]) -> Key:
     named = (*marks.corners, *marks.averages)
     if named:
         key.title = "Exact values: " + "; ".join(quantity.title for quantity in quantities)
-    names = short_names([mark.name for mark in named], NAME_ROOM)
+    names = short_names(_names_of(landscape, named), NAME_ROOM)
     shapes = [*_CORNERS[: len(marks.corners)]]
     for number in range(len(marks.averages)):
         shapes.append(_AVERAGES[number % len(_AVERAGES)])

@@ -11,15 +11,18 @@ from matplotlib.lines import Line2D
 
 from ckptavg.landscape.landscape import Landmark, Landscape
 from ckptavg.plots.figures.surface import panel_quantities
-from ckptavg.plots.panels import Key, Layout, label_axes, short_names
+from ckptavg.plots.panels import Key, Layout, ink_of, label_axes, short_names
 from ckptavg.plots.quantities import Quantity
 from ckptavg.plots.series import Line, draw_line, line_of
-from ckptavg.plots.style import GREY, INK, SMALL, line_style
+from ckptavg.plots.style import GREY, SMALL, line_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ARROW = {"arrowstyle": "<->", "color": INK, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+# A line with a short bar at each end, which a low barrier does not hide.
+_HEIGHT = {"arrowstyle": "|-|,widthA=0.25,widthB=0.25", "shrinkA": 0, "shrinkB": 0}
+# Marks that are farther off the line than this share of its range have other statistics.
+_OFF_LINE = 0.01
 
 
 def arrange(landscape: Landscape) -> Layout:
@@ -56,8 +59,13 @@ def _draw_barrier(landscape: Landscape, panel: Axes, line: Line, quantity: Quant
     elif quantity.text(height) != quantity.text(0.0):
         text = f"barrier {quantity.text(height)}".replace("%", "percentage points")
         base = (1 - at) * start + at * end
-        panel.annotate("", xy=(at, base + height), xytext=(at, base), arrowprops=_ARROW)
-    panel.set_title(text, loc="right", fontsize=SMALL, color=INK)
+        panel.annotate(
+            "",
+            xy=(at, base + height),
+            xytext=(at, base),
+            arrowprops=_HEIGHT | {"color": ink_of(panel)},
+        )
+    panel.set_title(text, loc="right", fontsize=SMALL)
 
 
 def _barrier_of(landscape: Landscape, quantity: Quantity) -> Mapping[str, Any] | None:
@@ -91,15 +99,27 @@ def _draw_ends(landscape: Landscape, panels: Sequence[Axes], quantities: Sequenc
     if marks:
         key.title = "Exact values: " + "; ".join(quantity.title for quantity in quantities)
     names = short_names([mark.name for mark in marks])
+    off_line = False
     for number, (mark, name) in enumerate(zip(marks, names, strict=True)):
         look = end_look(number)
         for panel, quantity in zip(panels, quantities, strict=True):
             value = quantity.value(mark)
             if math.isfinite(value) and mark.x is not None:
                 panel.plot([mark.x], [value], zorder=4, clip_on=False, **look)
+                off_line |= _is_off(line_of(landscape.points, quantity), mark.x, value)
         values = "; ".join(quantity.text(quantity.value(mark)) for quantity in quantities)
         key.add(Line2D([], [], **look), f"{name}: {values}")
+    if off_line:
+        blank = Line2D([], [], linestyle="none")
+        key.add(blank, "off the line: a checkpoint with BatchNorm statistics of its own")
     return key
+
+
+def _is_off(line: Line, x: float, value: float) -> bool:
+    """Return True if a mark is visibly off the line."""
+    at_x = line.values[np.isclose(line.x, x) & np.isfinite(line.values)]
+    spread = float(np.nanmax(line.values) - np.nanmin(line.values)) if line.measured else 0.0
+    return bool((np.abs(at_x - value) > _OFF_LINE * spread).any())
 
 
 def end_look(number: int) -> dict[str, Any]:
