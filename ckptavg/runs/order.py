@@ -13,7 +13,7 @@ from itertools import pairwise
 from ckptavg.errors import RunError, first_few
 from ckptavg.errors.printable import step_text
 from ckptavg.formats import Checkpoint
-from ckptavg.formats.snapshot_widths import find_width
+from ckptavg.formats.snapshot_widths import width_of
 from ckptavg.io.paths import Location
 from ckptavg.runs.discovery.file_names import is_alias_name, natural_key, stem_of
 from ckptavg.runs.discovery.numbered import find_labels, find_roots
@@ -282,10 +282,8 @@ def _note_shared_step(ordered: Sequence[Checkpoint], within: Sequence[float | No
 
 
 def _differ_in_width(former: Checkpoint, latter: Checkpoint) -> bool:
-    """Return True for snapshots of two EMAs, whose names state different widths."""
-    widths: set[float | None] = set()
-    for checkpoint in (former, latter):
-        widths.add(find_width(checkpoint.record.metrics, checkpoint.path))
+    """Return True for snapshots of two EMAs, of different widths."""
+    widths = {width_of(former), width_of(latter)}
     return len(widths) > 1 and None not in widths
 
 

@@ -192,3 +192,29 @@ def test_scheme_by_steps_takes_a_training_in_two_parts(run, tmp_path):
     result = ckptavg("average", run, tmp_path / "rest", "-o", out, *scheme)
     assert result.exit_code == 0, result.stderr
     assert torch.load(out)["state_dict"]["w"].item() == pytest.approx(4.861801, abs=1e-6)
+
+
+def test_posthoc_ema_combines_averages_that_are_emas(tmp_path):
+    generator, weight = torch.Generator().manual_seed(0), torch.zeros(50)
+    for epoch in range(1, 41):
+        weight = weight + torch.randn(50, generator=generator)
+        save(tmp_path / "run" / f"epoch_{epoch}.pt", {"w": weight}, epoch=epoch)
+    snapshots = []
+    for last in (20, 40):
+        for sigma in (0.1, 0.2):
+            snapshots.append(tmp_path / f"{last}-{sigma}.pt")
+            options = ["--to", last, "--scheme", f"power-ema:sigma={sigma}"]
+            assert (
+                ckptavg("average", tmp_path / "run", "-o", snapshots[-1], *options).exit_code == 0
+            )
+    made = ["-o", tmp_path / "made.pt", "--scheme", "posthoc-ema:sigma=0.15"]
+    result = ckptavg("average", *snapshots, *made)
+    assert result.exit_code == 0, result.stderr
+    assert "share the step" not in result.stderr
+    direct = ["-o", tmp_path / "direct.pt", "--scheme", "power-ema:sigma=0.15"]
+    ckptavg("average", tmp_path / "run", *direct)
+    found, expected, last = (
+        torch.load(tmp_path / name)["state_dict"]["w"]
+        for name in ("made.pt", "direct.pt", "run/epoch_40.pt")
+    )
+    assert (found - expected).norm() < 0.05 * (last - expected).norm()

@@ -35,3 +35,17 @@ def test_recorded_width_comes_first(name):
 @pytest.mark.parametrize("value", [0.0, -0.1, 0.3, float("nan")])
 def test_recorded_width_out_of_range_is_no_width(value):
     assert find_width({"sigma_rel": value}, Path("run/a.pt")) is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("power-ema:sigma=0.05", 0.05),
+        ("posthoc-ema:sigmas=0.05/0.1,sigma=0.075", 0.075),
+        ("posthoc-ema: sigma=0.075, sigmas=0.05/0.1", 0.075),
+        ("power-ema:sigma=x", None),
+        ("uniform", 0.1),
+    ],
+)
+def test_width_of_an_average_is_that_of_its_scheme(scheme, width):
+    assert find_width({}, Path("run/sigma_0.1.pt"), scheme) == width

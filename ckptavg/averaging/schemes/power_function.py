@@ -63,7 +63,7 @@ def _power_ema(options: Options) -> Coefficients:
 
     def apply(record: RunRecord) -> list[float]:
         """Return the differences of the power function at neighbouring checkpoints."""
-        steps = require_increasing(record, "power-ema", "ema:decay=0.9 needs none.")
+        steps = require_increasing(record, "power-ema", "ema:decay=0.9 works without steps.")
         if steps[0] < 0 or not steps[-1] > 0:
             raise RunError(f"power-ema needs steps from 0 on but got {steps[0]:g} to {steps[-1]:g}")
         coefficients: list[float] = []

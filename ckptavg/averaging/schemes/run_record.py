@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ckptavg.errors import RunError
-from ckptavg.formats.snapshot_widths import find_width
+from ckptavg.formats.snapshot_widths import width_of
 
 if TYPE_CHECKING:
     from ckptavg.runs.run import Run
@@ -43,13 +43,10 @@ class RunRecord:
             CheckpointError: A checkpoint cannot be opened.
         """
         checkpoints = run.checkpoints
-        widths: list[float | None] = []
-        for checkpoint in checkpoints:
-            widths.append(find_width(checkpoint.record.metrics, checkpoint.path))
         return cls(
             tuple(checkpoint.step for checkpoint in checkpoints),
             tuple(checkpoint.record.metrics for checkpoint in checkpoints),
-            tuple(widths),
+            tuple(width_of(checkpoint) for checkpoint in checkpoints),
             tuple(str(checkpoint.path) for checkpoint in checkpoints),
             tuple(map(len, run.trainings)),
         )
