@@ -170,7 +170,10 @@ def biased_data(ones, count=100):
 @pytest.mark.parametrize(
     ("biases", "sentence"),
     [
-        ([3.0, 3.0, -1.0], "is better than the last checkpoint: top-1 80.00 % against 20.00 %"),
+        (
+            [3.0, 3.0, -1.0],
+            "all 3 is better than the last checkpoint: top-1 80.00 % against 20.00 %",
+        ),
         ([-4.0, 1.0, 1.0], "is worse than the last checkpoint: top-1 20.00 % against 80.00 %"),
         ([1.0, 2.0, 3.0], "do not differ beyond chance: top-1 80.00 % against 80.00 %"),
     ],
@@ -199,6 +202,39 @@ def test_curve_verdict_tells_whether_the_gap_grows(tmp_path, biases, ones, sente
     assert gap["late"] == pytest.approx(0.4 * biases[2], abs=1e-6)
     assert gap["average"] == pytest.approx(0.4 * sum(biases) / 3, abs=1e-6)
     assert sentence in drawn.facts["text"]
+
+
+def test_curve_verdict_compares_the_sliding_average_too(tmp_path):
+    run = save_biases(tmp_path / "run", [-9.0, 3.0, -1.0])
+    drawn = curve(run, Biased(), biased_data(80), window=2)
+    assert "the average of all 3 and the last checkpoint do not differ" in drawn.facts["text"]
+    assert "the average of the last 2 is better than the last checkpoint" in drawn.facts["text"]
+    counts = [comparison["count"] for comparison in drawn.facts["comparisons"]]
+    assert counts == [3, 2]
+    nll = [drawn.facts["comparisons"][1][key] for key in ("average", "last")]
+    assert nll == [80, 20]
+    assert (
+        f"; NLL {values(drawn, 'average of the last 2')[3]:.4f} nats against"
+        in (drawn.facts["text"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("biases", "advised"), [([-9.0, 1.0, 2.0], True), ([2.0, -9.0, 1.0], False)],
+    ids=["improving", "worsening"],
+)  # fmt: skip
+def test_curve_verdict_advises_a_later_start_in_a_run_that_improves(tmp_path, biases, advised):
+    drawn = curve(save_biases(tmp_path / "run", biases), Biased(), biased_data(80))
+    assert "is worse than the last checkpoint" in drawn.facts["text"]
+    assert ("select fewer, later ones" in drawn.facts["text"]) == advised
+
+
+def test_curve_x_is_the_position_where_two_checkpoints_share_an_epoch(tmp_path):
+    for number, epoch in enumerate((1, 1, 2)):
+        save(tmp_path / "run" / f"c{number}.pt", state_of(number), epoch=epoch)
+    drawn = curve(tmp_path / "run", Net(), DATA)
+    assert drawn.axes[0] == "position in the run"
+    assert list(values(drawn, "checkpoints")) == [1, 2, 3]
 
 
 def test_curve_x_is_the_epoch_where_no_step_is_recorded(tmp_path):

@@ -151,7 +151,8 @@ class StepAxis:
 def choose_steps(runs: Sequence[NamedRun]) -> StepAxis:
     """Choose the axis: recorded steps, else epochs, else numbers in names, else positions.
 
-    Only what all checkpoints have can be the axis. A note tells if that is the position.
+    The axis is what all checkpoints have, and what differs within each run. A note tells if that is
+    the position.
     """
     checkpoints = join_runs(runs).checkpoints
     recorded = [checkpoint.record.step for checkpoint in checkpoints]
@@ -163,11 +164,20 @@ def choose_steps(runs: Sequence[NamedRun]) -> StepAxis:
         numbers.append(None if is_recorded else checkpoint.step)
     for title, column in (("step", recorded), ("epoch", epochs), ("number in the name", numbers)):
         steps = [step for step in column if step is not None]
-        if len(steps) == len(checkpoints):
+        if len(steps) == len(checkpoints) and _differ_within(runs, steps):
             return StepAxis(title, tuple(steps))
-    log.info("not all checkpoints record a step or an epoch: x is the position in the run")
+    log.info("the checkpoints do not all record a step or epoch of their own: x is the position")
     positions = [float(number) for named in runs for number in range(1, len(named) + 1)]
     return StepAxis("position in the run", tuple(positions))
+
+
+def _differ_within(runs: Sequence[NamedRun], steps: Sequence[float]) -> bool:
+    """Return True if no two checkpoints of a run have the same step."""
+    for named in runs:
+        of_run = steps[named.start : named.start + len(named)]
+        if len({*of_run}) < len(of_run):
+            return False
+    return True
 
 
 def landmarks_of(runs: Sequence[NamedRun], axis: StepAxis) -> list[Landmark]:

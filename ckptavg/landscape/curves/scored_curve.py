@@ -12,6 +12,7 @@ from ckptavg.data.loaders import open_loader
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import find_peers
 from ckptavg.evaluation.candidates import Candidate
+from ckptavg.evaluation.results import Result
 from ckptavg.evaluation.session import score_on
 from ckptavg.landscape.curves.named_runs import NamedRun, StepAxis, landmarks_of
 from ckptavg.landscape.curves.series import (
@@ -23,8 +24,15 @@ from ckptavg.landscape.curves.series import (
     lines_of,
     list_stretches,
     series_name,
+    window_name,
 )
-from ckptavg.landscape.curves.verdict import Gap, PairComparison, compare_ends, measure_gap
+from ckptavg.landscape.curves.verdict import (
+    Gap,
+    PairComparison,
+    advise_later_start,
+    compare_ends,
+    measure_gap,
+)
 from ckptavg.landscape.landscape import Landmark, Landscape, Point
 from ckptavg.landscape.points import EVALUATION, PointScore, PointScorer
 from ckptavg.landscape.store import Scores, score_landscape
@@ -80,16 +88,45 @@ class ScoredCurve:
             notes=notes,
         )  # fmt: skip
 
-    def _compare_ends(self, progress: PhaseProgress | None) -> list[PairComparison]:
-        """Compare the average of all checkpoints of each run with the run's last checkpoint."""
+    def _compare_ends(self, progress: PhaseProgress | None) -> list[list[PairComparison]]:
+        """Compare the end of each run's averages with the run's last checkpoint.
+
+        Returns:
+            Per run, the comparison of the running average, then that of the sliding average.
+        """
         scorer = self.scorer
+        recompute = scorer.training is not None
         candidates: list[Candidate] = []
         baselines: list[Candidate] = []
         for named in self.runs:
             last = Candidate.of_checkpoint(named.run[-1], recompute=False)
-            candidates += [last, average_of(named.run, recompute=scorer.training is not None)]
-            baselines += [last, last]
-        peers = find_peers()
+            averages = [average_of(named.run, recompute=recompute)]
+            if self.window is not None:
+                averages.append(average_of(named.run.last(self.window), recompute=recompute))
+            candidates += [last, *averages]
+            baselines += [last] * (1 + len(averages))
+        results = self._score_on_evaluation(candidates, baselines, progress)
+        per_run = len(results) // len(self.runs)
+        comparisons: list[list[PairComparison]] = []
+        for number, named in enumerate(self.runs):
+            last_result, average, *others = results[number * per_run : (number + 1) * per_run]
+            of_run = [compare_ends(len(named), average, last_result, scorer.task)]
+            for other in others:
+                name = f"the {window_name(len(other.candidate.checkpoints))}"
+                of_run.append(
+                    PairComparison(name, "the last checkpoint", other, last_result, scorer.task)
+                )
+            comparisons.append(of_run)
+        return comparisons
+
+    def _score_on_evaluation(
+        self,
+        candidates: Sequence[Candidate],
+        baselines: Sequence[Candidate],
+        progress: PhaseProgress | None,
+    ) -> list[Result]:
+        """Score candidates on the evaluation data alone, each against its baseline."""
+        scorer, peers = self.scorer, find_peers()
         statistics = None
         if scorer.training is not None:
             statistics = open_loader(
@@ -102,17 +139,15 @@ class ScoredCurve:
             exclude=scorer.exclude, progress=progress, peers=peers, as_points=True,
             baselines=baselines,
         )  # fmt: skip
-        comparisons: list[PairComparison] = []
-        for named, last_result, average in zip(self.runs, results[::2], results[1::2], strict=True):
-            comparisons.append(compare_ends(len(named), average, last_result, scorer.task))
-        return comparisons
+        return results
 
-    def lay_out(self, scores: Scores, comparisons: Sequence[PairComparison]) -> Landscape:
+    def lay_out(self, scores: Scores, comparisons: Sequence[Sequence[PairComparison]]) -> Landscape:
         """Lay out the points that have scores.
 
         Args:
             scores: Scores by coefficients over the checkpoints of all runs.
-            comparisons: Average against last checkpoint, one per run.
+            comparisons: Per run, the running average against the last checkpoint, then further
+                averages.
         """
         total = len(self.axis.steps)
         landmarks = landmarks_of(self.runs, self.axis)
@@ -150,20 +185,27 @@ class ScoredCurve:
             facts=self._facts(scores, comparisons),
         )
 
-    def _facts(self, scores: Scores, comparisons: Sequence[PairComparison]) -> Mapping[str, Any]:
+    def _facts(
+        self, scores: Scores, comparisons: Sequence[Sequence[PairComparison]]
+    ) -> Mapping[str, Any]:
         """Return the verdict in numbers and in words."""
         sentences: list[str] = []
-        gaps: list[Gap] = []
-        for named, comparison in zip(self.runs, comparisons, strict=True):
-            prefix = f"{named.name}: " if len(self.runs) > 1 else ""
-            sentences.append(f"{prefix}{comparison.describe()}")
-            gap = self._gap(named, scores)
-            if gap is not None:
-                gaps.append(gap)
-                sentences.append(f"{prefix}{gap.describe()}")
         plain: list[dict[str, Any]] = []
-        for named, comparison in zip(self.runs, comparisons, strict=True):
-            plain.append({"run": named.name, **comparison.as_json("average", "last")})
+        gaps: list[Gap] = []
+        for named, of_run in zip(self.runs, comparisons, strict=True):
+            words = [comparison.describe() for comparison in of_run]
+            for comparison in of_run:
+                entry = comparison.as_json("average", "last")
+                plain.append({"run": named.name, "count": comparison.count, **entry})
+            checkpoints, average = self._scores_of(named, scores)
+            if average is not None:
+                words += advise_later_start(of_run[0], checkpoints)
+                gap = measure_gap(named.name, checkpoints, average, self.scorer.task)
+                if gap is not None:
+                    gaps.append(gap)
+                    words.append(gap.describe())
+            prefix = f"{named.name}: " if len(self.runs) > 1 else ""
+            sentences += [f"{prefix}{text}" for text in words]
         return {
             "comparisons": plain,
             "gaps": [gap.as_json() for gap in gaps],
@@ -172,8 +214,13 @@ class ScoredCurve:
             "text": ". ".join(sentences),
         }
 
-    def _gap(self, named: NamedRun, scores: Scores) -> Gap | None:
-        """Measure the gap to the training data, once all points of a run are scored."""
+    def _scores_of(
+        self, named: NamedRun, scores: Scores
+    ) -> tuple[list[PointScore], PointScore | None]:
+        """Return the scores of a run's checkpoints, and of the average of all.
+
+        The average is None before all points are scored.
+        """
         total = len(self.axis.steps)
         checkpoints: list[PointScore] = []
         average: PointScore | None = None
@@ -182,11 +229,9 @@ class ScoredCurve:
                 continue
             score = scores.get(stretch.coefficients(total))
             if score is None:
-                return None
+                return checkpoints, None
             if stretch.series == series_name(self.runs, named, CHECKPOINTS):
                 checkpoints.append(score)
             elif stretch.series == series_name(self.runs, named, RUNNING):
                 average = score
-        if average is None:
-            return None
-        return measure_gap(named.name, checkpoints, average, self.scorer.task)
+        return checkpoints, average

@@ -36,6 +36,11 @@ class PairComparison:
     task: Task
 
     @property
+    def count(self) -> int:
+        """Number of checkpoints that the first candidate is made of."""
+        return len(self.result.candidate.checkpoints)
+
+    @property
     def metric(self) -> Metric:
         """Metric of the comparison; the first metric where there is none."""
         versus = self.result.versus
@@ -44,6 +49,14 @@ class PairComparison:
                 if metric.key == versus.metric:
                     return metric
         return self.task.metrics[0]
+
+    @property
+    def is_worse(self) -> bool:
+        """True if the first candidate is worse than the second, beyond chance."""
+        versus, higher = self.result.versus, self.metric.higher
+        if versus is None or higher is None or versus.difference.p >= _SIGNIFICANT:
+            return False
+        return (versus.difference.value < 0) == higher
 
     def as_json(self, subject: str, reference: str) -> dict[str, Any]:
         """Return the comparison as plain values for JSON.
@@ -73,24 +86,38 @@ class PairComparison:
             if not math.isfinite(result.metrics[metric.key]):
                 return f"{name} gives outputs that are not finite"
         subject, reference = (_with_statistics(name, result) for name, result in named)
-        ends = (
-            f"{bare_title(metric)} {_number(metric, self.result.metrics[metric.key])} against "
-            f"{_number(metric, self.baseline.metrics[metric.key])}"
-        )
+        ends = self._describe_values(metric)
         versus = self.result.versus
         if versus is None:
-            return f"{subject} and {reference}: {ends}"
+            return f"{subject} and {reference}: {ends}{self._describe_loss()}"
         difference = versus.difference
         form = f"+{metric.form}"
         interval = f"[{difference.low:{form}}, {difference.high:{form}}]"
         numbers = f"{ends}, a difference of {difference.value:{form}} {interval}"
+        numbers += self._describe_loss()
         if difference.p >= _SIGNIFICANT:
             return f"{subject} and {reference} do not differ beyond chance: {numbers}"
         word = "other than"
         if metric.higher is not None:
-            is_better = (difference.value > 0) == metric.higher
-            word = "better than" if is_better else "worse than"
+            word = "worse than" if self.is_worse else "better than"
         return f"{subject} is {word} {reference}: {numbers}"
+
+    def _describe_values(self, metric: Metric) -> str:
+        """Word the values of a metric."""
+        values = [_number(metric, result.metrics[metric.key]) for result in self._results]
+        return f"{bare_title(metric)} {' against '.join(values)}"
+
+    def _describe_loss(self) -> str:
+        """Word the values of the loss, beside those of another metric; empty without any."""
+        for metric in self.task.metrics:
+            is_other = metric.key == self.task.loss != self.metric.key
+            if is_other and all(metric.key in result.metrics for result in self._results):
+                return f"; {self._describe_values(metric)}"
+        return ""
+
+    @property
+    def _results(self) -> tuple[Result, Result]:
+        return self.result, self.baseline
 
 
 def compare_ends(count: int, average: Result, last: Result, task: Task) -> PairComparison:
@@ -103,6 +130,29 @@ def compare_ends(count: int, average: Result, last: Result, task: Task) -> PairC
         task: The task that scored.
     """
     return PairComparison(f"the average of all {count}", "the last checkpoint", average, last, task)
+
+
+def advise_later_start(comparison: PairComparison, checkpoints: Sequence[PointScore]) -> list[str]:
+    """Word the advice to begin the average later, if it is worse in a run that improves.
+
+    Args:
+        comparison: The average against the last checkpoint.
+        checkpoints: Scores of the averaged checkpoints in order.
+
+    Returns:
+        A sentence, or nothing.
+    """
+    metric = comparison.metric
+    size = len(checkpoints) // _PARTS
+    if not comparison.is_worse or not size:
+        return []
+    change = _mean_data(checkpoints[-size:], metric) - _mean_data(checkpoints[:size], metric)
+    if (change > 0) != metric.higher:
+        return []
+    return [
+        "the checkpoints still get better, and the early ones hold the average back: select fewer, "
+        "later ones"
+    ]
 
 
 def _with_statistics(name: str, result: Result) -> str:

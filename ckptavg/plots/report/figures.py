@@ -121,10 +121,10 @@ def _plan_curve(subject: Subject, scorer: PointScorer) -> PlannedFigure:
 
     def lay_out(results: ResultsByKey, _: Results) -> Landscape:
         """Lay out the curve, with the comparison of each run's ends."""
-        comparisons: list[PairComparison] = []
+        comparisons: list[list[PairComparison]] = []
         for run in runs:
             average, last = (results[key] for key in ends[run.name])
-            comparisons.append(compare_ends(len(run), average, last, scorer.task))
+            comparisons.append([compare_ends(len(run), average, last, scorer.task)])
         return curve.lay_out(_scores_of(results), comparisons)
 
     return PlannedFigure("curve", lay_out, _as_candidates(points, scorer), dict(ends.values()))
