@@ -107,6 +107,7 @@ def elect(
     sign = -1.0 if metric.higher is False else 1.0
     finite = [candidate for candidate in candidates if candidate.is_finite]
     finite.sort(key=lambda candidate: -sign * candidate.score(samples))
+    # The best of the ranking is the reference: equal candidates have differences of 0 to it.
     values = torch.stack([sign * candidate.values[samples].double() for candidate in finite])
     p_values = adjusted_p_values(values[0] - values, seed=seed).tolist()
     ranking: list[Ranked] = []
@@ -115,6 +116,7 @@ def elect(
     plateau = [ranked for ranked in ranking if ranked.plateau]
     # The first of equals is the better one, as the ranking is in order.
     winner = min(plateau, key=lambda ranked: ranked.scored.proposal.complexity)
+    # Named, not dropped: a diverged average is worth knowing of.
     for candidate in candidates:
         if not candidate.is_finite:
             ranking.append(Ranked(candidate, math.nan, 0.0, plateau=False))
@@ -138,6 +140,7 @@ def measure_contributions(ranking: Sequence[Ranked], count: int) -> tuple[float 
     for ranked in ranking:
         recipe = ranked.scored.proposal.recipe
         is_mean = recipe.scheme == "uniform" and recipe.weights is None
+        # Stale and recomputed means are not compared with each other.
         if is_mean and (ranked.scored.bn == "recomputed" or recipe.positions not in scores):
             scores[recipe.positions] = ranked.select
     everything = tuple(range(count))

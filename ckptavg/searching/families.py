@@ -145,6 +145,7 @@ def propose_windows(count: int) -> list[Proposal]:
 def propose_sliding(count: int, names: Sequence[str]) -> list[Proposal]:
     """Propose the means of neighbouring checkpoints that end before the last, coarse first."""
     proposals: list[Proposal] = []
+    # Windows that end with the last checkpoint are a family of their own.
     for size in coarse_first(range(2, count)):
         for stop in coarse_first(range(size, count)):
             positions = tuple(range(stop - size, stop))
@@ -255,6 +256,7 @@ class Catalogue:
             "without-one": lambda: propose_without_one(count, names),
         }
         last = propose_last(count, f"{names[-1]} (last)")
+        # The mean of all but the first is the mean of the last n − 1: it is scored once.
         seen = {_rounded(last.coefficients)}
         members: dict[Family, list[Proposal]] = {}
         left_out: dict[Family, str] = {}
@@ -266,6 +268,7 @@ class Catalogue:
                     proposals = propose_schemes(family, record)
                 else:
                     proposals = makers[family]()
+            # A run without recorded steps still has windows: one family is lost, not the search.
             except RunError as error:
                 left_out[family] = str(error)
                 continue
@@ -303,11 +306,13 @@ class Catalogue:
             for proposal, score in zip(scored, scores, strict=True):
                 if proposal.family == family and score > best_score:
                     best_score, best = score, proposal
+            # Members that were scored in the coarse round are not proposed again.
             open_ones = [proposal for proposal in proposals if proposal not in taken]
             if best is not None:
                 center = best.place
                 open_ones.sort(key=lambda proposal: _distance(proposal.place, center))
             nearest.append((best_score, open_ones))
+        # The family of the best member goes first: a small budget ends with it.
         nearest.sort(key=lambda entry: -entry[0])
         chosen: list[Proposal] = []
         for proposal in take_in_turn([proposals for _, proposals in nearest]):
@@ -325,9 +330,11 @@ def coarse_first(values: Sequence[T]) -> list[T]:
     count = len(values)
     if count == 0:
         return []
+    # The whole and the smallest member tell most of a family.
     order = dict.fromkeys((count - 1, 0))
     parts = [(0, count - 1)]
     while parts:
+        # Breadth first, so that each level covers the whole range before the next begins.
         finer: list[tuple[int, int]] = []
         for low, high in parts:
             if high - low < 2:

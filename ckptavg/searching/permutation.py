@@ -42,6 +42,7 @@ def adjusted_p_values(differences: torch.Tensor, *, seed: int = 0) -> torch.Tens
     rows = max(1, _CHUNK // max(1, count))
     for start in range(0, RESAMPLES, rows):
         shape = (min(rows, RESAMPLES - start), count)
+        # The same signs for all candidates keep their correlation, which makes the test sharp.
         signs = torch.randint(2, shape, generator=generator).double().mul_(2).sub_(1)
         statistics = (signs @ scaled.T)[:, order]
         # Step down: a candidate is held against itself and those with smaller statistics.

@@ -16,7 +16,7 @@ from ckptavg.evaluation.significance import Difference
 from ckptavg.runs.discovery.numbered import short_names
 from ckptavg.searching.election import Ranked
 from ckptavg.searching.plan import SearchPlan
-from ckptavg.searching.verdict import Verdict, Words, write_command
+from ckptavg.searching.verdict import Verdict, write_code
 from ckptavg.tasks import Metric
 
 # Rows of the table per family; the results file has all.
@@ -62,7 +62,8 @@ class SearchResult:
         judgement: The winner against the last checkpoint on the other samples; None if the last
             checkpoint won.
         verdict: The answer in a sentence.
-        command: Command line that makes the winner; empty to keep the last checkpoint.
+        command: Python call, or command line, that makes the winner; empty to keep the last
+            checkpoint.
         contributions: Per checkpoint, the metric of the mean of all less that of the mean without
             it, on the samples that choose; None where not scored, empty where none was.
         stability: How often each family won when the samples were split anew; empty if not asked.
@@ -110,16 +111,15 @@ class SearchResult:
             recompute=recompute,
         )  # fmt: skip
 
-    def words(self) -> Words:
-        """Return the words of a command that names each checkpoint."""
-        return Words(tuple(str(checkpoint.path) for checkpoint in self.plan.run))
+    def write_code(self) -> str:
+        """Return the Python call that makes the winner; empty to keep the last checkpoint.
 
-    def word_command(self, words: Words) -> str:
-        """Return the command line that makes the winner; empty to keep the last checkpoint."""
+        Statistics that won recomputed are recomputed by ``write_winner`` alone.
+        """
         if self.verdict.outcome == "keep-last":
             return ""
-        scored = self.winner.scored
-        return write_command(scored.proposal.recipe, words, recomputed=scored.bn == "recomputed")
+        paths = [without_secrets(str(checkpoint.path)) for checkpoint in self.plan.run]
+        return write_code(self.winner.scored.proposal.recipe, paths, "average.safetensors")
 
     def __str__(self) -> str:
         from ckptavg.display.terminal import printed_table  # noqa: PLC0415 - only people need it
@@ -153,6 +153,7 @@ class SearchResult:
 
     def _candidate_json(self, ranked: Ranked, paths: Sequence[str]) -> dict[str, Any]:
         proposal = ranked.scored.proposal
+        # Checkpoints without a part in it would only hide the others.
         members = [(p, c) for p, c in zip(paths, proposal.coefficients, strict=True) if c]
         return {
             "name": without_secrets(proposal.name),
@@ -187,6 +188,7 @@ class SearchResult:
         for ranked in self.ranking:
             family = ranked.scored.proposal.family
             rows_of[family] = rows_of.get(family, 0) + 1
+            # The simplest of the plateau may stand far down.
             if rows_of[family] <= _ROWS_PER_FAMILY or ranked is self.winner:
                 shown.append(ranked)
         rows: list[Row] = []

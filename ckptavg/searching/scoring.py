@@ -104,6 +104,7 @@ class ProposalScorer:
             for variant in missing:
                 key = key_of[id(variant.candidate)]
                 result = by_candidate.get(id(variant.candidate))
+                # Later passes report the candidates of earlier ones again.
                 if result is not None and key not in new:
                     new[key] = _as_scored(variant.proposal, result, self.metric)
                     self.store.add(key, new[key])
@@ -151,12 +152,14 @@ class ProposalScorer:
 
     def _key_of(self, variant: Variant) -> str:
         """Return the key of a candidate's stored scores."""
+        # Each by itself: beside a baseline the key would change with the round.
         (key,) = keys_of([variant.candidate], self.call.identify)
         return f"{key}-{self.metric.key}"
 
     def _candidates(self, proposal: Proposal) -> list[Candidate]:
         """Return a proposal's candidates: one, or one per way of its statistics."""
         positions = proposal.recipe.positions
+        # A checkpoint keeps its own statistics, with which it was trained and saved.
         if proposal.size == 1:
             checkpoint = self.run[positions[0]]
             is_last = proposal.family == "last"
@@ -164,6 +167,7 @@ class ProposalScorer:
                 Candidate.of_checkpoint(checkpoint, proposal.name, last=is_last, recompute=False)
             ]
         average = self._plan(proposal)
+        # Late, close checkpoints can do better with statistics as averaged, so both ways are tried.
         candidates = [Candidate.of_average(average, proposal.name, recompute=False)]
         if self.call.training is not None and average.batchnorm in _RECOMPUTABLE:
             candidates.append(Candidate.of_average(average, proposal.name, recompute=True))

@@ -130,6 +130,7 @@ def search(
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
         result = _run(plan, store, reporter)
     result = replace(result, notes=tuple(notes))
+    # Once more, now with ranking and verdict.
     store.save(result.as_json())
     return result
 
@@ -153,7 +154,7 @@ def _run(plan: SearchPlan, store: ScoreStore, progress: PhaseProgress | None) ->
         contributions=measure_contributions(election.ranking, len(plan.run)),
         stability=searcher.split_anew(candidates),
     )  # fmt: skip
-    return replace(result, command=result.word_command(result.words()))
+    return replace(result, command=result.write_code())
 
 
 class _Searcher:
@@ -182,8 +183,10 @@ class _Searcher:
         """Score candidates in rounds, coarse to fine, then soups, within the budget."""
         plan = self.plan
         soup_budget = 0
+        # The soup needs the scores of single checkpoints, so its part is held back.
         if "soup" in plan.families:
             soup_budget = min(len(plan.run) - 1, plan.budget // 4)
+        # The last checkpoint takes one place of the budget.
         coarse = round(_COARSE * (plan.budget - soup_budget)) - 1
         self._score([self.catalogue.last, *self.catalogue.first_round(max(coarse, 1))])
         if not self.scored[0].is_finite:
@@ -255,11 +258,13 @@ class _Searcher:
             The comparison; None if the last checkpoint won.
         """
         plan = self.plan
+        # With equal weights there is nothing to compare.
         winner = election.winner.scored
         if winner.proposal is self.catalogue.last:
             return None
         last = next(s for s in self.scored if s.proposal is self.catalogue.last)
         samples = self.split.report
+        # Only these two meet the data that judge: nothing else may learn from them.
         if plan.report_data is not None:
             winner, last = self._score_on_report_data(winner, last)
             samples = torch.arange(len(winner.values))

@@ -63,6 +63,7 @@ class GreedySoup:
         for score in scores:
             position = self.order[self._next]
             self._next += 1
+            # Not "less than": a score of NaN must not be kept.
             if not score >= self.score:
                 return
             self.kept.append(position)

@@ -48,6 +48,7 @@ def split_samples(
         raise UsageError(
             f"the share of samples that choose is expected between 0 and 1 but is {fraction}"
         )
+    # The sizes are exact for all samples; classes follow them within one sample.
     wanted = round(fraction * count)
     if min(wanted, count - wanted) < FEWEST:
         raise EvaluationError(
@@ -71,6 +72,7 @@ def _interleave_classes(order: torch.Tensor, classes: torch.Tensor) -> torch.Ten
         order: A random order of the samples, (N,).
         classes: Class of each sample, (N,).
     """
+    # In the random order, so that which members of a class come first is random, too.
     labels = torch.unique(classes, return_inverse=True)[1][order]
     sizes = torch.bincount(labels)
     places = torch.empty(len(order), dtype=torch.float64)

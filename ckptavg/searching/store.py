@@ -57,6 +57,7 @@ class ScoreStore:
             raise OutputError(
                 f"the directory {self._path.parent} does not exist", "Create it first."
             )
+        # Also without resuming: a file of something else must not be replaced.
         stored = self._read()
         if resume:
             # Hosts may see other files and times, so the first process decides.
@@ -148,6 +149,7 @@ def restore(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _encode(values: torch.Tensor) -> list[str]:
     """Encode a tensor of one axis: its dtype, and its bytes compressed."""
+    # Right and wrong take a byte per sample, and compress to an eighth or less.
     packed = zlib.compress(bytes_of(values))
     return [str(values.dtype).removeprefix("torch."), base64.b85encode(packed).decode()]
 

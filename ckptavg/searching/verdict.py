@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +52,7 @@ def judge(
         )
     size_text = _difference_text(difference, metric)
     where = f"on {difference.n:,} {counts} that had no say in choosing it"
+    # The best of many is ahead on the samples that chose it by their choice alone.
     if not _is_better(difference, metric):
         return Verdict(
             "keep-last",
@@ -82,6 +83,7 @@ def _difference_text(difference: Difference, metric: Metric) -> str:
         texts.append(format(number, form).replace("-", "−"))
     value, low, high = texts
     title, unit = metric.title, ""
+    # A difference of percentages is one of points: 1 % more than 90 % may mean 90.9 %.
     if metric.unit == "%":
         title, unit = metric.title.removesuffix("%").rstrip(), " points"
     elif metric.unit:
@@ -89,50 +91,18 @@ def _difference_text(difference: Difference, metric: Metric) -> str:
     return f"{title} {value}{unit} [{low}, {high}]"
 
 
-@dataclass(frozen=True)
-class Words:
-    """Words of the command line that makes the winner.
-
-    Attributes:
-        paths: Path of each checkpoint of the searched run.
-        sources: Paths that give the whole searched run to ``average``; empty to name checkpoints.
-        flags: Further flags of ``average``, such as ``--key model``.
-        statistics: Flags that recompute statistics, such as ``--model model.py:make``.
-        out: Path of the output.
-    """
-
-    paths: tuple[str, ...]
-    sources: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
-    statistics: tuple[str, ...] = ()
-    out: str = "average.safetensors"
-
-
-def write_command(recipe: Recipe, words: Words, *, recomputed: bool) -> str:
-    """Write the command line that makes an average.
-
-    The last k of a run are selected by their number, other checkpoints are named each.
+def write_code(recipe: Recipe, paths: Sequence[str], out: str) -> str:
+    """Write the Python call that makes an average of named checkpoints.
 
     Args:
         recipe: Selection and scheme.
-        words: Words of the run and of the statistics.
-        recomputed: True to recompute the BatchNorm statistics.
+        paths: Path of each checkpoint of the searched run.
+        out: Path of the output.
     """
-    count, size = len(words.paths), len(recipe.positions)
-    command = ["ckptavg", "average"]
-    is_tail = recipe.positions == tuple(range(count - size, count))
-    if words.sources and is_tail and recipe.weights is None:
-        command += [*words.sources, *words.flags]
-        if size < count:
-            command += ["--last", str(size)]
-    else:
-        command += [words.paths[position] for position in recipe.positions]
-        command += words.flags
+    words = [repr([paths[position] for position in recipe.positions])]
     if recipe.weights is not None:
-        command += ["--weights", ",".join(f"{weight:.17g}" for weight in recipe.weights)]
+        words.append(f"weights={list(recipe.weights)}")
     elif recipe.scheme != "uniform":
-        command += ["--scheme", recipe.scheme]
-    command += ["-o", words.out]
-    if recomputed:
-        command += words.statistics
-    return shlex.join(command)
+        words.append(f"scheme={recipe.scheme!r}")
+    words.append(f"out={out!r}")
+    return f"ckptavg.average({', '.join(words)})"

@@ -9,7 +9,8 @@ import torch
 from helpers import names, save
 
 import ckptavg
-from ckptavg.plots.report.recipe import Invocation, Symbol, keywords_of, quote, write_recipe
+from ckptavg.display.shell_words import quote
+from ckptavg.plots.report.recipe import Invocation, Symbol, keywords_of, write_recipe
 
 
 @pytest.fixture

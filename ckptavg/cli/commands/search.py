@@ -15,13 +15,13 @@ from ckptavg.cli.options.declare import bundle, option
 from ckptavg.cli.options.param_types import positive, whole
 from ckptavg.cli.options.running import RunningOptions, Source, running_options
 from ckptavg.cli.options.selection import SelectionOptions, unscored_selection_options
+from ckptavg.display.shell_words import quote
 from ckptavg.distributed.torchrun import TorchrunGroup
 from ckptavg.errors import OutputError
 
 if TYPE_CHECKING:
-    from ckptavg.runs.run import Run
+    from ckptavg.searching.families import Recipe
     from ckptavg.searching.result import SearchResult
-    from ckptavg.searching.verdict import Words
 
 _SEARCH = "Search"
 _WORSE = 3  # exit code of --fail-if-worse
@@ -152,11 +152,17 @@ def search(
             )  # fmt: skip
         if options.out is not None and result.verdict.outcome != "keep-last":
             result.write_winner(options.out, overwrite=options.overwrite)
-    sources = paths
-    if selection is not run:
-        sources = ()
-    command = result.word_command(_words(selection, sources, key, running, options.out))
-    _show(report, replace(result, command=command), options)
+    # A selection is named checkpoint by checkpoint: the flags of the search would select again.
+    sources = paths if selection is run else ()
+    words = _Words(
+        tuple(str(checkpoint.path) for checkpoint in selection), sources, key, running,
+        options.out or "average.safetensors",
+    )  # fmt: skip
+    if result.command:
+        recipe = result.winner.scored.proposal.recipe
+        recomputed = result.winner.scored.bn == "recomputed"
+        result = replace(result, command=words.write_command(recipe, recomputed=recomputed))
+    _show(report, result, options)
 
 
 def _check_output(out: str, *, overwrite: bool) -> None:
@@ -165,27 +171,71 @@ def _check_output(out: str, *, overwrite: bool) -> None:
         raise OutputError(f"{out} exists", "Pass `overwrite=True` to replace it.")
 
 
-def _words(
-    selection: Run,
-    sources: tuple[str, ...],
-    key: str | None,
-    running: RunningOptions,
-    out: str | None,
-) -> Words:
-    """Collect the words of the command that makes the winner."""
-    from ckptavg.searching.verdict import Words  # noqa: PLC0415
+@dataclass(frozen=True)
+class _Words:
+    """Words of the command that makes the winner.
 
-    flags: tuple[str, ...] = ()
-    if key is not None:
-        flags = ("--key", key)
-    statistics: list[str] = []
-    for flag, source in (("model", running.model), ("train-data", running.training)):
-        if source.spec:
-            statistics += [f"--{flag}", source.spec]
-        for pair in source.pairs:
-            statistics += [f"--{flag}-arg", pair]
-    paths = tuple(str(checkpoint.path) for checkpoint in selection)
-    return Words(paths, sources, flags, tuple(statistics), out or "average.safetensors")
+    Attributes:
+        paths: Path of each checkpoint of the searched run.
+        sources: Paths that give the whole searched run; empty to name checkpoints.
+        key: The entry that holds the weights; None to find it.
+        running: Model and training data.
+        out: Path of the output.
+    """
+
+    paths: tuple[str, ...]
+    sources: tuple[str, ...]
+    key: str | None
+    running: RunningOptions
+    out: str
+
+    def write_command(self, recipe: Recipe, *, recomputed: bool) -> str:
+        """Write the command line of a recipe, which selects the last checkpoints by number."""
+        count, size = len(self.paths), len(recipe.positions)
+        command = ["ckptavg", "average"]
+        is_tail = recipe.positions == tuple(range(count - size, count))
+        if self.sources and is_tail:
+            command += self.sources
+        else:
+            command += [self.paths[position] for position in recipe.positions]
+        if self.key is not None:
+            command += ["--key", self.key]
+        if self.sources and is_tail and size < count:
+            command += ["--last", str(size)]
+        if recipe.weights is not None:
+            command += ["--weights", ",".join(f"{weight:.17g}" for weight in recipe.weights)]
+        elif recipe.scheme != "uniform":
+            command += ["--scheme", recipe.scheme]
+        command += ["-o", self.out]
+        if recomputed:
+            command += self._statistics()
+        return " ".join(map(quote, command))
+
+    def _statistics(self) -> list[str]:
+        """Return the flags that recompute BatchNorm statistics as the search did."""
+        running, loader = self.running, self.running.loader
+        words: list[str] = []
+        for flag, source in (("model", running.model), ("train-data", running.training)):
+            if source.spec:
+                words += [f"--{flag}", source.spec]
+            for pair in source.pairs:
+                words += [f"--{flag}-arg", pair]
+        if running.statistics.samples is not None:
+            count, is_stratified = running.statistics.samples
+            words += ["--bn-samples", f"{count}:stratified" if is_stratified else str(count)]
+        for pattern in running.statistics.exclude:
+            words += ["--bn-exclude", pattern]
+        if running.forward:
+            words += ["--forward", running.forward]
+        if running.task:
+            words += ["--task", running.task]
+        if loader.amp != "off":
+            words += ["--amp", loader.amp]
+        if loader.batch_size is not None:
+            words += ["--batch-size", str(loader.batch_size)]
+        if loader.seed:
+            words += ["--seed", str(loader.seed)]
+        return words
 
 
 def _show(report: Report, result: SearchResult, options: SearchOptions) -> None:

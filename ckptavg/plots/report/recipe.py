@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ckptavg.data.loaders import Subset
+from ckptavg.display.shell_words import quote
 from ckptavg.errors import RunError
 from ckptavg.errors.printable import escape_unseen, without_secrets
 from ckptavg.formats import Checkpoint
@@ -21,10 +21,6 @@ from ckptavg.runs.run import Run
 _DEFAULT_SUFFIX = ".safetensors"
 # Width of the usual formatters.
 _LINE = 88
-# The last byte that is a character of its own in UTF-8.
-_LAST_ASCII = 0x7F
-# Surrogates that stand for the bytes of a name that is not UTF-8.
-_FIRST_BYTE, _LAST_BYTE = 0xDC80, 0xDCFF
 
 
 @dataclass(frozen=True)
@@ -151,24 +147,6 @@ def _suffix(selection: Run) -> str:
     if not last.is_dir() and has_suffix(last.name) and suffix.isascii():
         return suffix
     return _DEFAULT_SUFFIX
-
-
-def quote(word: str) -> str:
-    """Quote a word for a shell; what cannot be seen is escaped, in the form of bash and zsh."""
-    word = without_secrets(word)
-    if escape_unseen(word) == word:
-        return shlex.quote(word)
-    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-    return f"$'{escape_unseen(escaped, _shell_escape)}'"
-
-
-def _shell_escape(character: str) -> str:
-    code = ord(character)
-    if _FIRST_BYTE <= code <= _LAST_BYTE:
-        return f"\\x{code - 0xDC00:02x}"
-    if code <= _LAST_ASCII:
-        return f"\\x{code:02x}"
-    return f"\\U{code:08x}"
 
 
 def _write_python(
