@@ -140,9 +140,11 @@ def test_plot_plane_that_is_interrupted_keeps_what_was_scored(
     command = ["plot", "plane", "run", *TRAINED, "--points", "5", "--results", "p.json"]
     with monkeypatch.context() as patch:
         patch.setattr(Landscape, "save", interrupt)
-        result = ckptavg(*command)
+        result = ckptavg(*command, "-o", "p.svg")
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[-1] == "Interrupted: p.json had been written."
+    last = result.stderr.splitlines()[-1]
+    assert last == "Interrupted: p.svg and p.json had been written."
+    assert Path("p.svg").read_text().startswith("<?xml")
     assert len(json.loads(Path("p.json").read_text())["points"]) == 5
     result = ckptavg(*command, "--resume")
     assert "9 of 30 points are in p.json" in result.stderr

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ import click
 from ckptavg.cli.console import Report
 from ckptavg.cli.options.declare import bundle, option
 from ckptavg.distributed.peers import global_rank
-from ckptavg.errors import OutputError, UsageError
+from ckptavg.errors import CkptavgError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from ckptavg.landscape.landscape import Landscape
@@ -61,6 +62,31 @@ class FigureOptions:
         from ckptavg.optional import import_optional  # noqa: PLC0415
 
         import_optional("matplotlib", "matplotlib", "plot")
+
+    @contextmanager
+    def draw_interrupted(self) -> Iterator[None]:
+        """Draw what was stored in the file of data meanwhile, if an interrupt ends the context."""
+        before = self._stamp()
+        try:
+            yield
+        except KeyboardInterrupt:
+            after = self._stamp()
+            if self.out is not None and after not in (None, before) and not global_rank():
+                from ckptavg.landscape.landscape import Landscape  # noqa: PLC0415
+
+                # The interrupt is what matters.
+                with suppress(CkptavgError):
+                    Landscape.load(Path(self.results or "")).save_figure(self.out)
+            raise
+
+    def _stamp(self) -> int | None:
+        """Return the modification time of the file of data; None without one in JSON."""
+        if self.results is None or not self.results.endswith(".json"):
+            return None
+        path = Path(self.results)
+        if not path.exists():
+            return None
+        return path.stat().st_mtime_ns
 
     def publish(self, report: Report, landscape: Landscape) -> None:
         """Store the data, draw the figure, and give the data as the command's JSON.

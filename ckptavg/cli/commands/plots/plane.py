@@ -86,7 +86,7 @@ class PlaneOptions:
         from ckptavg.cli import build  # noqa: PLC0415 - help is shown without torch
 
         call = build.build_scoring(self.running, run, processes)
-        with report.samples_progress() as progress:
+        with report.samples_progress() as progress, self.figure.draw_interrupted():
             return function(
                 run, call.model, call.data, **call.keywords, **further, points=self.points,
                 margin=self.margin, weight_decay=self.weight_decay, results=self.figure.results,
@@ -133,7 +133,8 @@ def plane(
           --data imagefolder:val --train-data imagefolder:train \\
           --weight-decay 1e-4 -o plane.png --results plane.json
 
-    It may be interrupted: what was scored is stored, and drawn or continued by --resume.
+    The grid is scored from coarse to fine. After Ctrl-C the figure shows what is in the file of
+    --results by then, and --resume goes on.
     """
     names = through.split(",")
     run = options.open_run("plane")
