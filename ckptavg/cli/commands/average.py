@@ -110,11 +110,13 @@ def average(
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg.averaging import pipeline  # noqa: PLC0415 - help is shown without torch
 
+    # All plans and outputs are checked before the first byte is read.
     outputs = [_Output("", plan_selection(selection, weighting, tensors), out)]
     for extra in further:
         path = None if out is None else extra.path(out)
         outputs.append(_Output(extra.name, extra.plan(run, selection, tensors), path))
     averages = [output.average for output in outputs]
+    # The read for the average gives the inner products, too: no second one is needed.
     gram = _measured_weights(selection, tensors) if measured else []
     write_options = pipeline.WriteOptions(overwrite, tensors.keep_nonfinite, digests)
     pairs = [(output.average, output.path) for output in outputs if output.path is not None]
@@ -124,10 +126,12 @@ def average(
         _log_notes(averages, targets)
     else:
         statistics_pass = _prepare_pass(running, selection, processes)
+    # Quiet means without the plan of what is written; a dry run has nothing else to show.
     if dry_run or report.verbosity >= 0:
         for output in outputs:
             _show_plan(report, output)
     if dry_run:
+        # The JSON of a dry run has the entries of a real one, so that programs can compare them.
         records = [{**average.provenance().entries, "output": None} for average in averages]
         _report_result(report, records, outputs)
         return
@@ -182,6 +186,7 @@ def _check_usage(
     if running.model.spec and not running.training.spec:
         raise UsageError("--model and --train-data go together: they recompute BatchNorm")
     if measured and (dry_run or running.training.spec):
+        # A dry run reads no weights, and recomputing reads them in another way.
         other = "--dry-run" if dry_run else "--train-data"
         raise UsageError(
             f"--geometry and {other} exclude each other: "
@@ -217,6 +222,7 @@ def _write(
     """Write the averages, from one read."""
     from ckptavg.averaging.pipeline import write_averages  # noqa: PLC0415
 
+    # Reading is the work that takes time, so bytes tell how far it is.
     with report.bytes_progress("averaging") as progress:
         written = write_averages(
             averages,
@@ -260,6 +266,7 @@ def _write_recomputed(
 def _measured_weights(selection: Run, tensors: TensorOptions) -> list[TensorPlan]:
     from ckptavg.inspection import geometry as weight_space  # noqa: PLC0415
 
+    # Before the read: a single checkpoint has no distances.
     weight_space.check_several(selection)
     rules = Rules(tensors.include, tensors.exclude)
     return weight_space.list_weights(selection, rules)
@@ -301,6 +308,7 @@ def _report_result(
     with_layers: list[dict[str, Any]] = []
     for planned, record in zip(outputs, records, strict=True):
         with_layers.append(record | layer_values(planned.average.plan))
+    # The command's own average stays where it is without further ones.
     result, *further = with_layers
     also: list[dict[str, Any]] = []
     for extra, record in zip(outputs[1:], further, strict=True):
@@ -343,6 +351,7 @@ def _size(path: Path) -> int | None:
     try:
         if not path.is_dir():
             return path.stat().st_size
+        # An output that another process has just moved away is still a success.
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     except OSError:
         return None

@@ -232,6 +232,7 @@ def _score(
     options: EvaluationOptions,
 ) -> list[Result]:
     """Score the candidates without a kept result, and return the results of all."""
+    # With everything in the file, neither the model nor the data have to be opened.
     if not store.missing:
         return store.merge([])
     from ckptavg.cli import build  # noqa: PLC0415
@@ -288,6 +289,7 @@ def _check(options: EvaluationOptions) -> None:
         if not candidates.paths:
             raise UsageError("Nothing to evaluate: name checkpoints, or a run with --run")
         _refuse_run_options(candidates)
+    # Two candidates with one name could not be told apart in the table and in the results.
     names: set[str] = set()
     for average in candidates.further:
         if average.name in names:
@@ -323,6 +325,7 @@ def _open_results(output: ResultsOptions) -> ResultsFile | None:
     from ckptavg.evaluation.results_file import open_results  # noqa: PLC0415
 
     file = open_results(output.results, resume=output.resume)
+    # The others would meet the first one's trial file.
     if file is not None and global_rank() == 0:
         file.check(resume=output.resume)
     return file
@@ -335,11 +338,13 @@ def _make_candidates(options: EvaluationOptions) -> list[Candidate]:
     keys = list(dict.fromkeys(options.candidates.keys))
     if not keys:
         return _candidates_of_key(None, options)
+    # A single key needs no mention in the names.
     if len(keys) == 1:
         return _candidates_of_key(keys[0], options)
     candidates = []
     for key in keys:
         for candidate in _candidates_of_key(key, options):
+            # The same files under two keys would have the same names.
             candidates.append(replace(candidate, name=f"{candidate.name} [{key}]"))
     return candidates
 
@@ -363,6 +368,7 @@ def _check_path(path: str) -> None:
     from ckptavg.io.paths import locate  # noqa: PLC0415
 
     location = locate(path)
+    # The commonest slip: a run in the place of a checkpoint.
     if location.is_dir() and not is_checkpoint_directory(location):
         raise UsageError(f"{path} is no checkpoint: a run goes after --run")
 
@@ -389,6 +395,7 @@ def _candidates_of_key(key: str | None, options: EvaluationOptions) -> list[Cand
     ensembles = parse_ensembles(named.compare)
     sampled = []
     if ensembles.swag:
+        # SWAG is defined around the uniform mean, whatever scheme the average has.
         mean = plan_selection(selection, WeightingOptions("uniform"), options.tensors)
         sampled = make_swag_candidates(mean, ensembles.swag, recompute=recompute)
     further = {}

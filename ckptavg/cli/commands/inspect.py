@@ -74,6 +74,7 @@ def inspect(
     select.check()
     full_run = open_run(path, glob=select.glob, skip=select.skip, key=key)
     run = select.select(full_run)
+    # A selection of a run is shown as a run, also where one checkpoint is left.
     is_selection = run is not full_run
     if verify:
         from ckptavg.cli.commands import (  # noqa: PLC0415 - needs torch, the rest does not
@@ -131,6 +132,7 @@ def _show_excluded(report: Report, run: Run) -> list[dict[str, str]]:
     """Show the paths that are left out, with reasons, and return the same as plain values."""
     entries: list[dict[str, str]] = []
     rows: list[tuple[str, str]] = []
+    # Shortened among themselves: they may be in other directories than the run.
     names = short_names([left_out.path for left_out in run.excluded])
     for name, left_out in zip(names, run.excluded, strict=True):
         why = for_shell(left_out.why)
@@ -187,6 +189,7 @@ def _run_columns(metrics: Sequence[str]) -> list[Column]:
     for position, name in enumerate(metrics):
         turn = len(metrics) - position
         if position == 0:
+            # The first metric is what people select by: only LR and size stay longer.
             turn = count + 3
         columns.append(Column(name, "number", turn))
     return [*columns, Column("weights", "prose", count + 1), Column("size", "number", count + 5)]
@@ -202,6 +205,7 @@ def _show_checkpoint(report: Report, checkpoint: Checkpoint) -> None:
         tensors[name] = {"dtype": tensor.dtype.name, "shape": list(tensor.shape)}
         rows.append((name, tensor.dtype.name, "×".join(map(str, tensor.shape)) or "scalar"))
         count += tensor.numel
+    # Entries that no average can have are listed, too, with the reason in place of a type.
     for name, why in checkpoint.refused.items():
         rows.append((name, why, ""))
     report.line(

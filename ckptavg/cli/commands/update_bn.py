@@ -51,6 +51,7 @@ def update_bn(
     from ckptavg.cli.build import build_statistics_pass  # noqa: PLC0415
     from ckptavg.formats import open_checkpoint  # noqa: PLC0415
 
+    # Opened first: a wrong path is told before the model is made.
     opened = open_checkpoint(checkpoint, key)
     with report.samples_progress() as progress:
         how = build_statistics_pass(
@@ -79,6 +80,7 @@ def _describe(result: BatchNormResult, state: str | None) -> str:
     """Describe the state of the statistics."""
     if state == "none":
         return "no BatchNorm statistics"
+    # Layers exist, but all of them were excluded or frozen.
     if not result.layers:
         return f"its statistics unchanged: {state}"
     layers, samples = count_text(result.layers, "layer"), count_text(result.samples, "sample")
