@@ -174,6 +174,15 @@ def test_ray_centers_are_those_of_evaluate(run):
     assert landscape.checkpoints[0].data == scored[2].metrics
 
 
+def test_rays_note_statistics_that_do_not_fit(run, valley):
+    options = {"directions": 1, "points": 2, "radius": 1.0}
+    note = "along rays are those of their centers"
+    assert any(note in text for text in rays(run, Net(), TEST, **options).notes)
+    trained = rays(run, Net(), TEST, train_data=TRAIN, **options)
+    assert not any(note in text for text in trained.notes)
+    assert not any(note in text for text in quadratic_rays(valley).notes)
+
+
 def test_rays_are_the_same_for_any_passes_and_settings(run, monkeypatch):
     options = {"directions": 2, "points": 2, "radius": 2.0, "train_data": TRAIN, "batch_size": 32}
     together = rays(run, Net(), TEST, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ckptavg.averaging.plan import plan_average
 from ckptavg.data.loaders import Subset
 from ckptavg.display.progress import ProgressLike, open_progress
 from ckptavg.errors import UsageError, short
@@ -29,6 +31,8 @@ from ckptavg.landscape.store import check_results, score_landscape
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.runs.run import Run, RunLike, as_run
 from ckptavg.tasks import Task
+
+log = logging.getLogger("ckptavg")
 
 
 def rays(  # noqa: D417 - arguments of `evaluate` share a line
@@ -159,7 +163,13 @@ def _make_bundle(named: NamedPoints, scorer: PointScorer, settings: RaySettings)
     measured = None
     if len(named.run) > 1:
         measured = geometry(named.run)
-    bundle = RayBundle(named, measured, settings, has_statistics_to_recompute(scorer))
+    recompute = has_statistics_to_recompute(scorer)
+    if scorer.training is None and plan_average(named.run).batchnorm in ("own", "stale"):
+        log.info(
+            "the BatchNorm statistics along rays are those of their centers, which do not fit: "
+            "pass `train_data` to recompute them"
+        )
+    bundle = RayBundle(named, measured, settings, recompute)
     for center, distance in list(zip(bundle.centers, bundle.distances, strict=True))[1:]:
         if not distance:
             raise UsageError(
