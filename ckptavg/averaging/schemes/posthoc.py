@@ -98,11 +98,13 @@ def _list_profiles(record: RunRecord, given: Sequence[float]) -> list[_Profile]:
     for position, width in enumerate(_assign_widths(record, given)):
         step = record.steps[position]
         if step is None or step <= 0:
-            known = "has none" if step is None else f"has {step:g}"
+            known, remedy = "none", "`ckptavg inspect` shows the steps."
+            if step is not None:
+                known, remedy = f"{step:g}", "Leave out the start with `.steps(1)`."
             raise RunError(
                 f"posthoc-ema needs a step above 0 for every snapshot, and "
-                f"{record.describe(position)} {known}",
-                "`ckptavg inspect` shows the steps.",
+                f"{record.describe(position)} has {known}",
+                remedy,
             )
         profile = _Profile.of_snapshot(Decimal(step), width)
         if profile in profiles:
