@@ -25,8 +25,8 @@ _HANDLE = 7
 _MOST_COLUMNS = 4
 _LINE_HEIGHT = 0.18  # inches
 _BELOW = 0.55  # inches for labels between a panel and a legend below it
-# Characters of a label per inch, fewest characters of a line, and inches around a panel.
-_PER_INCH, _NARROW, _MARGIN = 12.0, 16, 0.6
+# Characters of a label per inch at 1 point, fewest characters of a line, inches around a panel.
+_PER_INCH, _NARROW, _MARGIN = 117.0, 16, 0.6
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,9 @@ def _room_of(axes: Axes) -> tuple[int, int]:
         return _LINE, _LINE
     width, height = figure.get_size_inches()
     rows, columns = place.get_gridspec().get_geometry()
-    wide = _PER_INCH * (width / columns - _MARGIN)
-    high = _PER_INCH * (height * len(place.rowspan) / rows - _MARGIN)
+    per_inch = _PER_INCH / axes.xaxis.label.get_fontsize()
+    wide = per_inch * (width / columns - _MARGIN)
+    high = per_inch * (height * len(place.rowspan) / rows - _MARGIN)
     return max(int(wide), _NARROW), max(int(high), _NARROW)
 
 
