@@ -193,7 +193,7 @@ def _room_of(axes: Axes) -> tuple[int, int]:
         return _LINE, _LINE
     width, height = figure.get_size_inches()
     rows, columns = place.get_gridspec().get_geometry()
-    per_inch = _PER_INCH / axes.xaxis.label.get_fontsize()
+    per_inch = _PER_INCH / float(axes.xaxis.label.get_fontsize())
     wide = per_inch * (width / columns - _MARGIN)
     high = per_inch * (height * len(place.rowspan) / rows - _MARGIN)
     return max(int(wide), _NARROW), max(int(high), _NARROW)
