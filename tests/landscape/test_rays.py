@@ -174,6 +174,30 @@ def test_ray_centers_are_those_of_evaluate(run):
     assert landscape.checkpoints[0].data == scored[2].metrics
 
 
+class Steep(nn.Module):
+    """A linear layer whose outputs overflow away from its optimum."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 4))
+
+    def forward(self, x):
+        return x @ self.weight.T + (1e3 * (self.weight[0] - OPTIMUM)).square().sum().exp() - 1
+
+
+def test_rays_have_holes_where_outputs_are_not_finite(valley):
+    landscape = rays(
+        valley, Steep(), QUADRATIC, task="regression", radius=2.0, points=3, directions=2,
+        rise=1.0, centers=("average",),
+    )  # fmt: skip
+    for series in ("average", "average, direction 1"):
+        ray = ray_of(landscape, series)
+        assert ray[0].data["mse"] == pytest.approx(0, abs=1e-6)
+        assert math.isnan(ray[1].data["mse"])
+    # The last finite point is the center: a width is never too large.
+    assert landscape.facts["widths"][0]["each"] == [0, 0]
+
+
 def test_rays_note_statistics_that_do_not_fit(run, valley):
     options = {"directions": 1, "points": 2, "radius": 1.0}
     note = "along rays are those of their centers"

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ckptavg.averaging.plan import plan_average
 from ckptavg.data.loaders import Subset
-from ckptavg.display.progress import ProgressLike, open_progress
+from ckptavg.display.progress import PhaseProgress, ProgressLike, open_progress
 from ckptavg.errors import UsageError, short
 from ckptavg.errors.notes import collect_notes
 from ckptavg.inspection.geometry import geometry
@@ -50,40 +50,33 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
 ) -> Landscape:  # fmt: skip
     """Score points on rays in random directions, and measure how wide the minimum is.
 
-    w(t, d) = w + t·d for random directions d, uniform on the unit sphere over all parameters, as in
-    figure 4 of Izmailov et al. 2018. All centers have the same directions, so that they are
-    compared direction by direction. BatchNorm statistics are recomputed at every point, the centers
-    included. Buffers do not move; see ``ckptavg.models.perturbation`` for what counts::
+    w(t, d) = w + t·d, as in figure 4 of Izmailov et al. 2018. The random directions d, uniform on
+    the unit sphere over all parameters (see ``Direction``), are the same for all centers. BatchNorm
+    statistics are recomputed at every point, the centers included. The width in a direction is the
+    t at which the loss, on training data if there is any, has risen by ``rise``::
 
-        figure = ckptavg.rays(run, model, val_data, train_data=train_data)
-        print(figure.facts["text"])
-
-    The width of a center in a direction is the t at which the loss has risen by ``rise`` over the
-    loss of the center: the loss on training data, if there is any, without the L2 term.
+        print(ckptavg.rays(run, model, val_data, train_data=train_data).facts["text"])
 
     Args:
         run: The run, or a path.
         model: A module that the weights fit; a copy is used, the module does not change.
         data: Evaluation data, as for ``evaluate``.
         train_data: Training data: statistics are recomputed from it, and the loss on it is scored.
-        centers: Points as for ``segment``; the others are compared with the first.
+        centers: Points as the ends of ``segment``; the others are compared with the first.
         directions: Number of directions.
         points: Number of points per ray, the center included.
-        radius: Greatest t. Where None, the smallest of 1/2, 1, 2, ... 16 times the distance between
-            the centers at which the loss has risen enough from every center, with a margin, in up
-            to three directions that are tried.
-        rise: Rise of the loss that defines the width. Where None, 0.1 for a loss in nats, else a
-            tenth of the loss at the first center.
+        radius: Greatest t. Where None, a multiple of the distance between the centers at which the
+            loss has risen enough; see ``choose_radius``.
+        rise: Rise that defines the width; 0.1 nats, or a tenth of the first center's loss, if None.
         seed: Seed of the directions, and as for ``evaluate``.
         weight_decay: As for ``segment``.
         task, device, forward, exclude, amp, batch_size, workers, bn_samples, results, resume,
             progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file.
 
     Returns:
-        The landscape. ``x`` is t. The series are a mean curve per center, under the center's name,
-        with a 95 % interval over the directions, and a ray per center and direction. ``facts`` has
-        the ``widths`` with their 95 % intervals over the directions, their ``differences`` and a
-        sentence as ``text``, among others.
+        The landscape. ``x`` is t. The series are a ray per center and direction, and their mean,
+        under the center's name. ``facts`` has the ``widths`` and their ``differences`` with 95 %
+        intervals over the directions, and a sentence as ``text``.
 
     Raises:
         UsageError: A center is unknown, two centers are the same, or a number cannot be meant.
@@ -99,18 +92,51 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
             forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
             seed=seed, bn_samples=bn_samples, weight_decay=weight_decay,
         )  # fmt: skip
-        bundle, loss = _make_bundle(named, scorer, settings), RayLoss.of_scorer(scorer)
-        if radius is None and resume:
-            radius = read_radius(results, bundle)
-        if radius is None:
-            radius = choose_radius(bundle, scorer, loss, reporter)
-        bundle = replace(bundle, radius=float(radius))
-        figure = RayFigure(bundle, loss, scorer.task.metrics)
-        landscape = score_landscape(
-            scorer, bundle.to_score(), figure.lay_out, results=results, resume=resume,
-            progress=reporter, settings=bundle.identity,
-        )  # fmt: skip
+        bundle, stored = _make_bundle(named, scorer, settings), _StoredRays(results, resume)
+        landscape = _score(bundle, scorer, radius, stored, reporter)
     return replace(landscape, notes=tuple(notes))
+
+
+@dataclass(frozen=True)
+class _StoredRays:
+    """File of results.
+
+    Attributes:
+        path: The file; None for none.
+        resume: True to take the scores and the length of rays that it holds.
+    """
+
+    path: str | os.PathLike[str] | None
+    resume: bool
+
+
+def _score(
+    bundle: RayBundle,
+    scorer: PointScorer,
+    radius: float | None,
+    stored: _StoredRays,
+    progress: PhaseProgress | None,
+) -> Landscape:
+    """Choose the length of rays where none is given, and score all points.
+
+    Args:
+        bundle: Rays without a length.
+        scorer: Scores the points.
+        radius: Length of the rays; None to choose it.
+        stored: File of results.
+        progress: As for ``PointScorer.score``.
+    """
+    loss = RayLoss.of_scorer(scorer)
+    if radius is None and stored.resume:
+        radius = read_radius(stored.path, bundle)
+    if radius is None:
+        radius = choose_radius(bundle, scorer, loss, progress)
+    bundle = replace(bundle, radius=float(radius))
+    figure = RayFigure(bundle, loss, scorer.task.metrics)
+    return score_landscape(
+        scorer, bundle.to_score(), figure.lay_out, results=stored.path, resume=stored.resume,
+        progress=progress, settings=bundle.identity,
+    )  # fmt: skip
 
 
 def _check_radius(radius: float | None) -> None:

@@ -63,9 +63,7 @@ def segment(  # noqa: D417 - arguments of `evaluate` share a line
     last weights of SGD. BatchNorm statistics are recomputed at every point, the ends included. An
     end that is a checkpoint is scored with its own statistics besides, as ``evaluate`` does::
 
-        figure = ckptavg.segment(run, model, val_data, train_data=train_data)
-        print(figure.facts["text"])
-        figure.save_figure("segment.png")
+        print(ckptavg.segment(run, model, val_data, train_data=train_data).facts["text"])
 
     Args:
         run: The run, or a path.
@@ -76,8 +74,7 @@ def segment(  # noqa: D417 - arguments of `evaluate` share a line
             of checkpoints, and paths of other runs, whose final checkpoint is taken.
         points: Number of points from end to end, both included.
         beyond: Part of the segment to go on beyond each end, at the same spacing; 0 for none.
-        weight_decay: λ of the L2 term λ/2·‖w‖² that training added to the loss. The loss with the
-            term is scored besides.
+        weight_decay: λ of the L2 term λ/2·‖w‖², with which the loss is scored besides.
         task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, results, resume,
             progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file.
 

@@ -21,7 +21,7 @@ class MeanInterval:
     """Mean of independent values with its 95 % interval.
 
     Attributes:
-        mean: The mean.
+        mean: The mean; NaN where a value is not finite.
         low: Lower end; NaN for a single value.
         high: Upper end; NaN for a single value.
     """
@@ -49,8 +49,10 @@ def mean_interval(values: Sequence[float]) -> MeanInterval:
     Args:
         values: At least one value.
     """
+    if not all(map(math.isfinite, values)):
+        return MeanInterval(math.nan, math.nan, math.nan)
     mean = statistics.fmean(values)
-    if len(values) < 2 or not math.isfinite(mean):
+    if len(values) < 2:
         return MeanInterval(mean, math.nan, math.nan)
     reach = student_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return MeanInterval(mean, mean - reach, mean + reach)
