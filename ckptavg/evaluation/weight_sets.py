@@ -60,7 +60,9 @@ class WeightSet:
             values = parameter.detach()
             if values.is_complex():
                 values = torch.view_as_real(values)
-            total = total.to(values.device) + in_float64(values).square().sum()
+            squares = in_float64(values).square()
+            # Not the device of the values: Apple's mps has no float64.
+            total = total.to(squares.device) + squares.sum()
         self.squared_norm = float(total)
 
     def describe_statistics(self) -> Statistics:

@@ -167,3 +167,31 @@ def test_plot_plane_is_the_same_for_any_number_of_processes(home: Path) -> None:
         for data in ("data", "train"):
             assert point[data] == pytest.approx(wanted[data], rel=1e-6)
     assert "14 of 30 points are in p.json" in resumed[0]["err"]
+
+
+@pytest.mark.slow
+def test_plot_plane_has_a_hole_where_any_process_meets_one(home: Path) -> None:
+    """The sample that makes NaN is in the last batch, which a single process gets."""
+    Path("bad.py").write_text(
+        "import torch\n"
+        "from net import data as others, model as network\n"
+        "class Bad(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = network()\n"
+        "        self.load_state_dict = self.inner.load_state_dict\n"
+        "        self.state_dict = self.inner.state_dict\n"
+        "    def forward(self, x):\n"
+        "        outputs = self.inner(x)\n"
+        "        return outputs * float('nan') if (x == 9.0).any() else outputs\n"
+        "model = Bad\n"
+        "def data():\n"
+        "    x, y = others().tensors\n"
+        "    x[-1] = 9.0\n"
+        "    return torch.utils.data.TensorDataset(x, y)\n"
+    )
+    command = ["plot", "plane", "run", "--model", "bad.py:model", "--data", "bad.py:data"]
+    flags = ["--train-data", "net.py:data", "--batch-size", "8", *SMALL]
+    ((first, second),) = launch("holes", [{"args": [*command, *flags]}], count=2)
+    assert [first["code"], second["code"]] == [1, 1]
+    assert "the outputs are not finite at any of 14 points" in first["err"]

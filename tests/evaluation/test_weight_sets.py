@@ -15,10 +15,11 @@ from torch import nn
 from ckptavg import open_checkpoint
 from ckptavg.averaging.compute import as_average, compute_state_dicts
 from ckptavg.averaging.plan import Average, plan_average
+from ckptavg.averaging.weights import Weights
 from ckptavg.errors import ModelError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.resume import Identity, keys_of
-from ckptavg.evaluation.weight_sets import WeightSets, load_models, release_models
+from ckptavg.evaluation.weight_sets import WeightSet, WeightSets, load_models, release_models
 from ckptavg.models.perturbation import Direction, Perturbation
 from ckptavg.models.runtime import Runtime
 from ckptavg.runs.run import as_run
@@ -322,3 +323,21 @@ def test_load_models_advises_to_recompute_only_where_nobody_does(tmp_path, caplo
     candidate = Candidate.of_average(run, weights=[-0.25, 1.25], recompute=recompute)
     load_models([*WeightSets([candidate])], nn.BatchNorm1d(2), CPU)
     assert ("negative: recompute them" in caplog.text) is not recompute
+
+
+class Tied(torch.nn.Module):
+    """Two names of one parameter, a complex one, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        self.second = self.first
+        self.third = torch.nn.Parameter(torch.tensor([3 + 4j]))
+        self.register_buffer("mean", torch.tensor([100.0]))
+
+
+def test_weight_set_norm_is_that_of_parameters_each_once():
+    weight_set = WeightSet("tied", Weights({}))
+    weight_set.model = Tied()
+    weight_set.measure_norm()
+    assert weight_set.squared_norm == 1 + 4 + 9 + 16

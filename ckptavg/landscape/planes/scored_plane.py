@@ -80,8 +80,9 @@ def plane(  # noqa: D417 - arguments of `evaluate` share a line
         points: Number of points along each axis.
         margin: Width of the grid beyond the outermost marked points on each side, as a share of
             their extent.
-        weight_decay: λ of the L2 term λ/2·‖w‖² that training added to the loss. The loss with the
-            term is scored besides, under ``l2_loss``.
+        weight_decay: λ of the L2 term λ/2·‖w‖² that training added to the loss, over all
+            parameters, those of BatchNorm included, and no buffers. The loss with the term is
+            scored besides, under ``l2_loss``.
         task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, results, resume,
             progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file. The grid is
             scored from coarse to fine and stored after each pass.
@@ -351,11 +352,17 @@ class ScoredPlane:
             coefficients: The point, (n,).
         """
         seen = self.plane.project(torch.tensor(coefficients, dtype=torch.float64))
-        distance = seen.distance
-        if coefficients in [corner.coefficients for corner in self.corners]:
-            # What is left beside 0 is rounding.
-            distance = 0.0
-        return Landmark(name, None, None, None, seen.x, seen.y, distance, coefficients=coefficients)
+        x, y, distance = seen.x, seen.y, seen.distance
+        for number, corner in enumerate(self.corners):
+            if corner.coefficients == coefficients:
+                # The first corner is the origin, and the second is on the first axis: what is left
+                # beside 0 is rounding.
+                distance = 0.0
+                if number == 0:
+                    x = 0.0
+                if number <= 1:
+                    y = 0.0
+        return Landmark(name, None, None, None, x, y, distance, coefficients=coefficients)
 
     def _at(self, x: float, y: float) -> tuple[float, ...]:
         """Return the coefficients of the point at (x, y)."""
