@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -304,3 +308,74 @@ def test_report_lists_what_is_left_out(home):
     table = page_of().table("left out")
     assert any("last.pt" in path and "repeats" in why for path, why in table[1:])
     assert any("optimizer.pt" in path for path, _ in table[1:])
+
+
+def test_report_of_several_trainings(home):
+    for name in ("a", f"b {HOSTILE}"):
+        save_run(home / "seeds" / name, count=2)
+    command(home / "seeds" / "a", home / "seeds" / f"b {HOSTILE}", *SPECS, "-o", "r.html")
+    page = page_of()
+    assert "2 trainings" in page.sections["run"]
+    assert "<script>" in page.sections["curve"]
+    command("seeds/a", f"seeds/b {HOSTILE}", *SPECS, *PLAIN, "--last", "1", "-o", "last.html")
+    assert "curve" not in page_of("last.html").sections
+
+
+def test_report_of_other_tasks_leaves_reliability_out(home):
+    for epoch in (1, 2, 3):
+        torch.manual_seed(epoch)
+        save(home / "line" / f"epoch_{epoch}.pt", nn.Linear(8, 1).state_dict(), epoch=epoch)
+    inputs, targets = torch.randn(40, 8), torch.randn(40, 1)
+    report = ckptavg.report(
+        "line", nn.Linear(8, 1), TensorDataset(inputs, targets), task="regression",
+        figures=["reliability"],
+    )  # fmt: skip
+    page = check_inert(report.html)
+    assert "reliability" not in page.sections
+    assert "no reliability is shown" in page.sections["notes"]
+
+
+def test_report_of_the_same_weights_leaves_the_segment_out(home):
+    for epoch in (1, 2, 3):
+        save(home / "same" / f"epoch_{epoch}.pt", state_of(1), epoch=epoch)
+    report = ckptavg.report("same", network(), data(1), figures=["segment"])
+    assert "segment" not in check_inert(report.html).sections
+    assert report.verdict.outcome == "undecided"
+
+
+def test_report_of_outputs_that_are_not_finite_is_the_error_of_eval(home):
+    save(
+        home / "run" / "epoch_4.pt", state_of(4) | {"2.bias": torch.full((3,), torch.nan)}, epoch=4
+    )
+    for options in ([], PLAIN):
+        output = command("run", *SPECS, *options, "-o", "r.html", code=1).output
+        assert "2.bias" in output
+    assert not Path("r.html").exists()
+
+
+def test_report_needs_its_packages_before_work(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    output = command(
+        "run", "--model", "missing.py:model", "--data", "x", "-o", "r.html", code=1
+    ).output
+    assert "pip install jinja2" in output
+
+
+@pytest.mark.slow
+def test_report_that_is_interrupted_writes_nothing(home):
+    (home / "slow.py").write_text(
+        FACTORIES + "\ndef slow():\n"
+        "    import pathlib, time\n"
+        "    pathlib.Path('started').touch()\n"
+        "    time.sleep(60)\n"
+    )
+    words = ["report", "run", "--model", "slow.py:model", "--data", "slow.py:slow", "-o", "r.html"]
+    process = subprocess.Popen([sys.executable, "-m", "ckptavg", *words], stderr=subprocess.PIPE)
+    while not Path("started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"nothing was written" in message
+    assert not [path for path in Path().iterdir() if "r.html" in path.name]

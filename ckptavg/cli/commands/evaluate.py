@@ -248,7 +248,7 @@ def _score(
     elif running.training.spec:
         note_idle_training(store.missing)
     data = build.open_evaluation_data(running, source, runtime, processes)
-    _warn_of_training_data(running, data, training)
+    warn_of_training_data(running, data, training)
     with report.samples_progress() as progress:
         scored = session.score(
             store.missing, model, data, runtime, training, task=task, forward=forward,
@@ -258,9 +258,7 @@ def _score(
     return store.merge(scored)
 
 
-def _warn_of_training_data(
-    running: RunningOptions, data: Batches, training: Batches | None
-) -> None:
+def warn_of_training_data(running: RunningOptions, data: Batches, training: Batches | None) -> None:
     """Warn of scores on the training data, where a function's argument was forgotten.
 
     The same function gives other data where it is asked for a split by name: a module of data

@@ -11,6 +11,7 @@ import click
 
 from ckptavg.cli.command import command
 from ckptavg.cli.commands.average import average
+from ckptavg.cli.commands.evaluate import warn_of_training_data
 from ckptavg.cli.console import Report
 from ckptavg.cli.options.also import AlsoAverage, read_also
 from ckptavg.cli.options.averaging import (
@@ -196,6 +197,7 @@ def _open_scorer(subject: Subject, running: RunningOptions) -> tuple[PointScorer
     if running.training.spec:
         training = build.open_training_data(running, source, runtime)
     data = build.open_evaluation_data(running, source, runtime)
+    warn_of_training_data(running, data, training)
     scorer = PointScorer(
         subject.run, model, data, training, task, runtime, forward, running.statistics.exclude
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptavg.display.tables import Column, Table, rows_of_texts
+from ckptavg.errors import first_few
 from ckptavg.errors.printable import size_text
 from ckptavg.evaluation.results import Result, Results
 from ckptavg.evaluation.score_table import tabulate_scores
@@ -75,10 +76,10 @@ class Computed:
 
     @property
     def run_name(self) -> str:
-        """The run's directory, or the number of its checkpoints where it has no single one."""
+        """Paths of the run, or the directory of its checkpoints, or their number."""
         paths = self.invocation.paths
-        if len(paths) == 1:
-            return paths[0]
+        if paths:
+            return first_few(list(paths), 2)
         parents = {str(checkpoint.path.parent) for checkpoint in self.subject.run.opened}
         if len(parents) == 1:
             return parents.pop()
@@ -153,7 +154,9 @@ def _show_candidates(computed: Computed) -> Section:
     intro = Paragraph(
         "All candidates are scored on the same samples, and each is compared with the last "
         "checkpoint sample by sample. An interval that excludes 0 is more than the noise of a "
-        "finite data set. It does not tell how another training would turn out."
+        "finite data set. It does not tell how another training would turn out. The verdict is on "
+        "the one average that was asked for, so its p needs no correction for a choice, unless it "
+        "was chosen by scores on the same data."
     )
     return Section(
         "candidates", "Candidates", (intro, Tabulated(table, f"Scores on {table.title}"))

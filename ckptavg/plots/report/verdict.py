@@ -191,7 +191,8 @@ def _advise(outcome: Outcome, scored: Result) -> list[str]:
         advice.append("Take the average: in use it costs what one checkpoint costs.")
     elif outcome == "worse":
         advice.append(
-            "Keep the last checkpoint. An average of later or fewer checkpoints may do better."
+            "Keep the last checkpoint. An average of later or fewer checkpoints may do better: "
+            "ckptavg search looks for one, and corrects for the choice."
         )
     elif outcome == "undecided":
         advice.append(
