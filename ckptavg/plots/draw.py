@@ -27,6 +27,7 @@ from ckptavg.plots.panels import (
     new_figure,
     put_key_below,
     put_key_beside,
+    root_figure,
 )
 from ckptavg.plots.style import figure_style
 
@@ -111,9 +112,7 @@ def _draw_on(
         for panel in panels:
             panel.set_aspect("equal")
     put_key_beside(panels[-1], key)
-    figure = panels[0].get_figure(root=True)
-    assert isinstance(figure, Figure)
-    return figure, _as_value(panels)
+    return root_figure(panels[0]), _as_value(panels)
 
 
 def _as_panels(ax: Axes | Sequence[Axes], layout: Layout, kind: str) -> list[Axes]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ckptavg.display.shortening import shorten_names, wrap_words
@@ -187,11 +187,10 @@ def label_axes(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
 
 def _room_of(axes: Axes) -> tuple[int, int]:
     """Return the characters that fit along the width and the height of a panel."""
-    figure = axes.get_figure(root=True)
     place = axes.get_subplotspec()
-    if figure is None or place is None:
+    if place is None:
         return _LINE, _LINE
-    width, height = figure.get_size_inches()
+    width, height = root_figure(axes).get_size_inches()
     rows, columns = place.get_gridspec().get_geometry()
     per_inch = _PER_INCH / float(axes.xaxis.label.get_fontsize())
     wide = per_inch * (width / columns - _MARGIN)
@@ -208,14 +207,22 @@ def short_names(names: Sequence[str], room: int = NAME_ROOM) -> list[str]:
     return shorten_names([printable(name) for name in names], room)
 
 
+def root_figure(axes: Axes) -> Figure:
+    """Return the figure of a panel, which may be in a part of it."""
+    figure = axes.figure
+    if isinstance(figure, SubFigure):
+        figure = figure.figure
+    assert isinstance(figure, Figure)
+    return figure
+
+
 def put_colour_bar(panel: Axes, drawn: Any, title: str = "", **look: Any) -> Any:
     """Put a colour bar beside a panel.
 
     In a figure of our own it is inside the panel's box, so that both have the same height. A panel
     of the caller's gives it room, since its neighbours may be close.
     """
-    figure = panel.get_figure()
-    assert figure is not None
+    figure = root_figure(panel)
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         bar = figure.colorbar(drawn, cax=panel.inset_axes((1.03, 0.0, 0.04, 1.0)), **look)
     else:

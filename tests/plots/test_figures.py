@@ -380,3 +380,11 @@ def test_figure_says_what_was_not_scored():
     average = replace(landscape.averages[0], data={}, train={"l2_loss": math.inf})
     figure, _ = replace(landscape, averages=(average,)).plot()
     assert "average: not finite; not scored" in legend_texts(figure)[0]
+
+
+def test_figure_draws_in_a_part_of_a_figure():
+    figure = Figure()
+    part = figure.subfigures(1, 2)[0]
+    returned, panels = segment().plot(part.subplots(1, 2))
+    assert returned is figure
+    assert panels[0].figure is part
