@@ -118,6 +118,8 @@ def test_plot_reliability_is_that_of_python(home):
         ("segment", ["--beyond", "-1"], 2, "-1.0 is not in the range x>=0"),
         ("segment", ["--resume"], 2, "--resume needs --results"),
         ("rays", ["--radius", "-1"], 2, "-1.0 is not in the range x>0"),
+        ("rays", ["--radius", "nan"], 2, "--radius is expected to be a number above 0"),
+        ("rays", ["--rise", "inf"], 2, "--rise is expected to be a number above 0"),
         ("rays", ["--centers", "average"], 2, "Give --radius."),
         ("rays", ["--centers", "last,step_5.pt"], 2, "two centers of rays are the same"),
         ("rays", ["--directions", "0"], 2, "expected a whole number from 1 on"),

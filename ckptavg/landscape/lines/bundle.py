@@ -48,9 +48,17 @@ class RaySettings:
                     f"`{name}` of rays is expected to be a whole number from {least} on but is "
                     f"{value!r}"
                 )
-        rise = self.rise
-        if rise is not None and not (isinstance(rise, (int, float)) and 0 < rise < math.inf):
-            raise UsageError(f"`rise` is expected to be a number above 0 but is {rise!r}")
+        check_rise(self.rise)
+
+
+def check_rise(rise: float | None) -> None:
+    """Refuse a rise of the loss that cannot be meant.
+
+    Raises:
+        UsageError: It is no number above 0.
+    """
+    if rise is not None and not (isinstance(rise, (int, float)) and 0 < rise < math.inf):
+        raise UsageError(f"`rise` is expected to be a number above 0 but is {rise!r}")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,6 @@ def rays(  # noqa: D417 - arguments of `evaluate` share a line
         CkptavgError: As for ``evaluate``.
     """
     settings = RaySettings(directions, points, seed, rise)
-    _check_radius(radius)
     check_results(results, "rays", resume=resume)
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:
         named = check_centers(as_run(run), centers, radius)
@@ -139,16 +138,6 @@ def _score(
     )  # fmt: skip
 
 
-def _check_radius(radius: float | None) -> None:
-    """Refuse a length of rays that cannot be meant.
-
-    Raises:
-        UsageError: It is no number above 0.
-    """
-    if radius is not None and not (isinstance(radius, (int, float)) and 0 < radius < math.inf):
-        raise UsageError(f"`radius` is expected to be a number above 0 but is {radius!r}")
-
-
 def check_centers(run: Run, centers: Sequence[PointName], radius: float | None) -> NamedPoints:
     """Find the centers of rays, before any work.
 
@@ -158,8 +147,10 @@ def check_centers(run: Run, centers: Sequence[PointName], radius: float | None) 
         radius: As for ``rays``.
 
     Raises:
-        UsageError: There is none, one is unknown, two are the same, or a single one has no radius.
+        UsageError: There is none, one is unknown, two are the same, or the radius cannot be meant.
     """
+    if radius is not None and not (isinstance(radius, (int, float)) and 0 < radius < math.inf):
+        raise UsageError(f"`radius` is expected to be a number above 0 but is {radius!r}")
     if isinstance(centers, str) or not centers:
         raise UsageError(
             f"`centers` is expected to be a list of points but is {short(repr(centers))}"

@@ -70,7 +70,7 @@ def segment(  # noqa: D417 - arguments of `evaluate` share a line
         model: A module that the weights fit; a copy is used, the module does not change.
         data: Evaluation data, as for ``evaluate``.
         train_data: Training data: statistics are recomputed from it, and the loss on it is scored.
-        ends: Two of ``average`` (the uniform average of the run), ``first``, ``last``, file names
+        ends: Two of ``average`` (uniform, of the run), ``first``, ``middle``, ``last``, file names
             of checkpoints, and paths of other runs, whose final checkpoint is taken.
         points: Number of points from end to end, both included.
         beyond: Part of the segment to go on beyond each end, at the same spacing; 0 for none.

@@ -24,7 +24,7 @@ _RAYS = "The rays"
 @run_argument
 @option(
     _RAYS, "--centers", default="average,last", show_default=True, metavar="A,B,...", common=True,
-    help="Any of average, first, last, names of checkpoints, and paths of other runs.",
+    help="Any of average, first, middle, last, names of checkpoints, and paths of other runs.",
 )  # fmt: skip
 @option(
     _RAYS, "--directions", type=positive, default="10", show_default=True, metavar="N",
@@ -66,8 +66,10 @@ def rays(
     names = centers.split(",")
     run = options.open_run("rays")
     from ckptavg.landscape.lines import rays as library  # noqa: PLC0415 - help without torch
+    from ckptavg.landscape.lines.bundle import check_rise  # noqa: PLC0415
 
     library.check_centers(run, names, numbers["radius"])
+    check_rise(numbers["rise"])
     landscape = options.score(library.rays, run, report, processes, centers=names, **numbers)
     _show(report, landscape)
     options.figure.publish(report, landscape)

@@ -23,7 +23,7 @@ _SEGMENT = "The segment"
 @run_argument
 @option(
     _SEGMENT, "--ends", default="average,last", show_default=True, metavar="A,B", common=True,
-    help="Two of average, first, last, names of checkpoints, and paths of other runs.",
+    help="Two of average, first, middle, last, names of checkpoints, and paths of other runs.",
 )  # fmt: skip
 @option(
     _SEGMENT, "--points", type=click.IntRange(2), default=21, show_default=True, metavar="N",
