@@ -89,6 +89,7 @@ def test_plot_plane_tells_the_time_on_stderr(home: Path) -> None:
     [
         (["--through", "frist,middle,last"], 2, "Did you mean first?"),
         (["--through", "first,last"], 2, "--through is expected to name three points"),
+        (["--through", "first,last,"], 2, "--through is expected to name three points"),
         (["--points", "1"], 2, "--points"),
         (["--last", "2"], 2, "the run has 2 checkpoints"),
         (["--last", "2", "--through", "first,last,average"], 2, "on a line"),

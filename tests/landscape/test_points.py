@@ -6,7 +6,7 @@ import pytest
 import torch
 from landscapes import Net, data_of, metrics_at, network_at, norm_of, save_run, state_of, weights_at
 
-from ckptavg import Candidate, evaluate
+from ckptavg import Candidate, evaluate, open_run
 from ckptavg.display.pass_progress import PassProgress, duration_text
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.errors import CkptavgError, EvaluationError, UsageError
@@ -215,3 +215,12 @@ def test_identity_counts_what_decides_scores(run, tmp_path):
         identity(bn_samples=9), identity(run=run.last(4)), identity(exclude="norm"),
     ]  # fmt: skip
     assert len({same, *others}) == 7
+
+
+def test_identity_counts_the_files_of_checkpoints(tmp_path):
+    same = save_run(tmp_path / "run", 3)
+    before = PointScorer.open(same, Net(), TEST).identify()
+    path = tmp_path / "run" / "step_2.pt"
+    torch.save({"state_dict": state_of(9), "step": 2}, path)
+    after = PointScorer.open(open_run(tmp_path / "run"), Net(), TEST).identify()
+    assert after != before

@@ -170,7 +170,7 @@ def check_corners(run: Run, through: Sequence[PointName | int]) -> NamedPoints:
         UsageError: A point is unknown, or there are not three that differ.
         CkptavgError: Another run cannot be opened.
     """
-    if isinstance(through, str) or len(through) != _CORNERS:
+    if isinstance(through, str) or len(through) != _CORNERS or "" in through:
         raise UsageError(
             f"`through` is expected to name three points but got {short(repr(through))}"
         )

@@ -136,7 +136,7 @@ def plane(
     The grid is scored from coarse to fine. After Ctrl-C the figure shows what is in the file of
     --results by then, and --resume goes on.
     """
-    names = through.split(",")
+    names = [name.strip() for name in through.split(",")]
     run = options.open_run("plane")
     from ckptavg.landscape.landmark_table import (  # noqa: PLC0415 - help without torch
         tabulate_landmarks,
