@@ -116,7 +116,7 @@ def _leave_out(table: Table, width: int | None) -> tuple[Table, list[str]]:
     """Leave out columns, in the order of ``Column.leaves``, until the table fits a width.
 
     Returns:
-        The remaining table, and the titles of the omitted columns from left to right.
+        The remaining table, and the titles of the omitted columns from left to right, each once.
     """
     if width is None:
         return table, []
@@ -127,7 +127,8 @@ def _leave_out(table: Table, width: int | None) -> tuple[Table, list[str]]:
         if _needed(table.without(omitted), column.shortens) <= width:
             break
         omitted.add(i)
-    return table.without(omitted), [table.columns[i].title for i in sorted(omitted)]
+    titles = dict.fromkeys(table.columns[i].title for i in sorted(omitted))
+    return table.without(omitted), list(titles)
 
 
 def _needed(table: Table, shortest: int) -> int:

@@ -187,7 +187,7 @@ def test_curve_verdict_says_which_end_is_better(tmp_path, biases, sentence):
 @pytest.mark.parametrize(
     ("biases", "ones", "sentence"),
     [
-        ([0.0, 1.0, 4.0], 60, "grows from 0.0000 nats to 1.6000 nats, and evaluation itself gets"),
+        ([0.0, 1.0, 4.0], 60, "grows from 0.0000 nats to 1.6000 nats, and evaluation gets worse"),
         ([1.0, 1.0, 1.02], 60, "stays about the same (0.4000 nats, then 0.4080 nats)"),
         ([4.0, 1.0, 0.0], 60, "shrinks from 1.6000 nats to 0.0000 nats"),
     ],
@@ -202,6 +202,19 @@ def test_curve_verdict_tells_whether_the_gap_grows(tmp_path, biases, ones, sente
     assert gap["late"] == pytest.approx(0.4 * biases[2], abs=1e-6)
     assert gap["average"] == pytest.approx(0.4 * sum(biases) / 3, abs=1e-6)
     assert sentence in drawn.facts["text"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "word"), [(100, "a sign of overfitting"), (50, "and both get worse")],
+    ids=["fitted", "spoiled"],
+)  # fmt: skip
+def test_curve_verdict_calls_it_overfitting_only_where_training_gets_better(
+    tmp_path, trained, word
+):
+    """The NLL of label 1 falls with the bias, that of label 0 rises."""
+    run = save_biases(tmp_path / "run", [0.0, 1.0, 5.0])
+    drawn = curve(run, Biased(), biased_data(20), train_data=biased_data(trained))
+    assert word in drawn.facts["text"]
 
 
 def test_curve_verdict_compares_the_sliding_average_too(tmp_path):

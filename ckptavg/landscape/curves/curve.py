@@ -51,10 +51,9 @@ def curve(  # noqa: D417 - arguments of `evaluate` share a line
     results: str | os.PathLike[str] | None = None, resume: bool = False,
     progress: ProgressLike = None,
 ) -> Landscape:  # fmt: skip
-    """Score each checkpoint of a run, and the average of the checkpoints so far.
+    """Score each checkpoint of a run, and the average so far (Izmailov et al. 2018, fig. 2, 6, 7).
 
-    These are the curves of Izmailov et al. 2018, figures 2, 6 and 7, for any run. The selection
-    decides with which checkpoint the average begins::
+    The selection decides with which checkpoint the average begins::
 
         run = ckptavg.open_run("runs/swa").steps(first=160)
         ckptavg.curve(run, model, val_data, train_data=train_data, window=5).save_figure("c.png")
@@ -64,14 +63,11 @@ def curve(  # noqa: D417 - arguments of `evaluate` share a line
         model: A module that the weights fit; it does not change. None for a curve of the metrics
             that training recorded.
         data: Evaluation data, a Dataset or a loader, as for ``evaluate``.
-        train_data: Training data: averages get recomputed statistics, and all points are scored on
-            it, too, so that the gap to the evaluation data shows over- and underfitting.
+        train_data: Training data, for the averages' statistics; all points are scored on it, too,
+            so that the gap to the evaluation data shows over- and underfitting.
         window: Number of checkpoints of a sliding average beside the running one.
-        task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, progress: As for
-            ``evaluate``.
-        results: ``.json`` or ``.npz`` file of the landscape, written after each pass.
-        resume: True to score only the points that ``results``, a JSON file, does not hold for the
-            same weights, model, data and options.
+        task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, results, resume,
+            progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file.
 
     Returns:
         A landscape of kind ``curve``. x is the step, or the epoch, or the position in the run. The
@@ -89,22 +85,19 @@ def curve(  # noqa: D417 - arguments of `evaluate` share a line
         check_window(named, window)
         axis = choose_steps(named)
         note_missing_rates(named)
-        if model is not None and data is not None:
-            scorer = PointScorer.open(
-                join_runs(named), model, data, train_data=train_data, task=task, device=device,
-                forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
-                seed=seed, bn_samples=bn_samples,
+        if model is None or data is None:
+            _refuse_scoring(
+                model=model is not None, data=data is not None, train_data=train_data is not None,
+                window=window is not None, resume=resume,
             )  # fmt: skip
-            scored = ScoredCurve(named, axis, window, scorer)
-            return scored.score(results, resume=resume, progress=reporter, notes=notes)
-        _refuse_scoring(
-            model=model is not None, data=data is not None, train_data=train_data is not None,
-            window=window is not None, resume=resume,
+            return _draw_recorded(named, axis, results, notes)
+        scorer = PointScorer.open(
+            join_runs(named), model, data, train_data=train_data, task=task, device=device,
+            forward=forward, exclude=exclude, amp=amp, batch_size=batch_size, workers=workers,
+            seed=seed, bn_samples=bn_samples,
         )  # fmt: skip
-        landscape = replace(_draw_recorded(named, axis), notes=tuple(notes))
-    if results is not None:
-        landscape.save(results)
-    return landscape
+        scored = ScoredCurve(named, axis, window, scorer)
+        return scored.score(results, resume=resume, progress=reporter, notes=notes)
 
 
 def _refuse_scoring(**given: bool) -> None:
@@ -122,12 +115,29 @@ def _refuse_scoring(**given: bool) -> None:
             raise UsageError(f"`{name}` needs `{missing}`: points are scored by both")
 
 
-def _draw_recorded(runs: Sequence[NamedRun], axis: StepAxis) -> Landscape:
-    """Make the curve of recorded metrics."""
+def _draw_recorded(
+    runs: Sequence[NamedRun],
+    axis: StepAxis,
+    results: str | os.PathLike[str] | None,
+    notes: Sequence[str],
+) -> Landscape:
+    """Make the curve of recorded metrics, and store it.
+
+    Args:
+        runs: The runs.
+        axis: Coordinate of each checkpoint.
+        results: File of the landscape; None for none.
+        notes: Remarks, which grow meanwhile.
+    """
     metrics = recorded_metrics(join_runs(runs).checkpoints)
     points = recorded_points(runs, axis, metrics)
     landmarks: list[Landmark] = []
     for landmark, point in zip(landmarks_of(runs, axis), points, strict=True):
         landmarks.append(replace(landmark, data=point.data))
-    facts = {"lines": lines_of(runs, None, scored=False)}
-    return Landscape("curve", (axis.title, ""), metrics, points, tuple(landmarks), facts=facts)
+    landscape = Landscape(
+        "curve", (axis.title, ""), metrics, points, tuple(landmarks),
+        facts={"lines": lines_of(runs, None, scored=False)}, notes=tuple(notes),
+    )  # fmt: skip
+    if results is not None:
+        landscape.save(results)
+    return landscape

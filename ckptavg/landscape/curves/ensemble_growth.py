@@ -61,9 +61,8 @@ def ensemble_growth(  # noqa: D417 - arguments of `evaluate` share a line
         run: The run, a selection of it, or a path.
         model: A module that the weights fit; a copy is used, the module does not change.
         data: Evaluation data, as for ``evaluate``.
-        train_data: Training data: averages get recomputed statistics from it, and all points are
-            scored on it, too.
-        order: ``last``: the last n checkpoints for n = 1, 2, ...; ``first``: the first n.
+        train_data: Training data, for the averages' statistics; all points are scored on it, too.
+        order: ``last`` to take the last n checkpoints, ``first`` to take the first n.
         task, device, forward, exclude, amp, batch_size, workers, seed, bn_samples, results, resume,
             progress: As for ``evaluate``; results are a ``.json`` or ``.npz`` file.
 
@@ -90,7 +89,6 @@ def ensemble_growth(  # noqa: D417 - arguments of `evaluate` share a line
         )  # fmt: skip
         growth = _Growth(opened, order, scorer.task, geometry(opened))
         points = growth.to_score(recompute=train_data is not None)
-
         stored = _stored_comparisons(results, resume=resume)
 
         def build(scores: Scores) -> Landscape:

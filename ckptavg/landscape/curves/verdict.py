@@ -209,8 +209,10 @@ class Gap:
         if change < 0:
             return f"{subject} shrinks from {early} to {late}; {average}"
         consequence = "while evaluation stays about the same"
-        if self.worsening > self.margin:
-            consequence = "and evaluation itself gets worse: the later checkpoints overfit"
+        if self.worsening > self.margin and change > self.worsening:
+            consequence = "and evaluation gets worse as training gets better: a sign of overfitting"
+        elif self.worsening > self.margin:
+            consequence = "and both get worse"
         elif self.worsening < -self.margin:
             consequence = "while evaluation gets better, too: no harm so far"
         return f"{subject} grows from {early} to {late}, {consequence}; {average}"

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 # Recorded metrics in a table; the file of results has all.
 _MOST_RECORDED = 3
+# Turns in which columns are left out on a narrow terminal: those beside the values of the sliding
+# average first, then beside those of checkpoints and of the running average, then all else.
+_LINE_TURNS = {0: 3, 1: 5}
+_AXIS_TURN, _LAST_TURN = 7, 8
 # Short titles of the distances between outputs.
 _GAPS = {"output_gap": "gap of outputs", "last_gap": "of a checkpoint"}
 
@@ -48,10 +52,10 @@ def _show_run(
     rates = {mark.x: mark.lr for mark in marks}
     if landscape.kind == "ensemble":
         joining = {mark.x: mark.name for mark in marks}
-        columns.append(Column("with", "name", leaves=4))
+        columns.append(Column("with", "name", leaves=_AXIS_TURN))
         cells.append([joining.get(x, NOTHING) for x in every_x])
     elif any(rate is not None for rate in rates.values()):
-        columns.append(Column("LR", "number", leaves=2))
+        columns.append(Column("LR", "number", leaves=_AXIS_TURN))
         cells.append([number_text(rates.get(x)) for x in every_x])
     for column, texts in (*_line_columns(landscape, lines), *_gap_columns(landscape, lines)):
         columns.append(column)
@@ -79,20 +83,23 @@ def _line_columns(
     """Return the columns of all lines, each as texts by x."""
     first, *others = landscape.metrics
     columns: list[tuple[Column, dict[float, str]]] = []
-    for line, points in lines.items():
+    for number, (line, points) in enumerate(lines.items()):
+        turn = _LINE_TURNS.get(number, 1)
         title = f"{line}, {first.title}" if len(columns) == 0 else line
         columns.append((Column(title, "number"), _texts(points, first)))
         on_training = _texts(points, first, training=True)
         if on_training:
-            columns.append((Column("on training data", "number", leaves=2), on_training))
+            columns.append((Column("on training data", "number", leaves=turn), on_training))
         intervals = _intervals(points, first)
         if intervals:
-            columns.append((Column("[95 %]", "number", leaves=1), intervals))
+            columns.append((Column("[95 %]", "number", leaves=turn + 1), intervals))
     # Recorded metrics have one line, and room for more of them.
     if len(lines) == 1:
         for metric in others[: _MOST_RECORDED - 1]:
             (points,) = lines.values()
-            columns.append((Column(metric.title, "number", leaves=3), _texts(points, metric)))
+            columns.append(
+                (Column(metric.title, "number", leaves=_LAST_TURN), _texts(points, metric))
+            )
     return columns
 
 
@@ -105,7 +112,7 @@ def _gap_columns(
     for metric in landscape.metrics:
         texts = _texts(points, metric)
         if metric.key in _GAPS and texts:
-            columns.append((Column(_GAPS[metric.key], "number", leaves=3), texts))
+            columns.append((Column(_GAPS[metric.key], "number", leaves=_LAST_TURN), texts))
     return columns
 
 
