@@ -208,7 +208,12 @@ def _describe_call(
     paths: Sequence[str], options: ReportOptions, source: ModelSource, scorer: PointScorer
 ) -> Invocation:
     """Describe the command's arguments, and the command that makes the average."""
-    from ckptavg.plots.report.recipe import Invocation, keywords_of  # noqa: PLC0415
+    from ckptavg.data.loaders import Subset  # noqa: PLC0415
+    from ckptavg.plots.report.recipe import (  # noqa: PLC0415
+        Invocation,
+        keywords_of,
+        recomputing_of,
+    )
 
     running, select = options.running, options.select
     words = repeat_options(click.get_current_context(), average, leave_out=_SHOWING)
@@ -219,6 +224,9 @@ def _describe_call(
             recomputing += typed
         else:
             averaging += typed
+    subset = None
+    if running.statistics.samples is not None:
+        subset = Subset(*running.statistics.samples)
     training = None
     if running.training.spec is not None:
         training = _source_text(running.training.spec, running.training.pairs)
@@ -226,7 +234,7 @@ def _describe_call(
         paths=tuple(paths),
         opening=keywords_of({"glob": select.glob, "skip": select.skip, "key": options.key}),
         averaging=keywords_of(_averaging(options)),
-        recomputing=keywords_of(_recomputing(running, scorer)),
+        recomputing=keywords_of(recomputing_of(scorer, running.loader.device, subset)),
         model=_source_text(source.spec, running.model.pairs),
         data=_source_text(running.data.spec or "", running.data.pairs),
         training=training,
@@ -252,26 +260,6 @@ def _tensor_rules(tensors: TensorOptions) -> dict[str, Any]:
         "exclude": tensors.exclude,
         "base": tensors.base,
         "dtype": tensors.dtype,
-    }
-
-
-def _recomputing(running: RunningOptions, scorer: PointScorer) -> Mapping[str, Any]:
-    """Return the keywords of ``Recompute``."""
-    from ckptavg.data.loaders import Subset  # noqa: PLC0415
-
-    loader = running.loader
-    subset = None
-    if running.statistics.samples is not None:
-        subset = Subset(*running.statistics.samples)
-    return {
-        "device": loader.device,
-        "forward": scorer.forward,
-        "exclude": running.statistics.exclude,
-        "amp": loader.amp,
-        "batch_size": scorer.runtime.batch_size,
-        "workers": loader.workers,
-        "seed": loader.seed,
-        "bn_samples": subset,
     }
 
 

@@ -16,6 +16,7 @@ from ckptavg.errors import RunError
 from ckptavg.errors.printable import escape_unseen, without_secrets
 from ckptavg.formats import Checkpoint
 from ckptavg.formats.registry import has_suffix
+from ckptavg.landscape.points import PointScorer
 from ckptavg.runs.run import Run
 
 _DEFAULT_SUFFIX = ".safetensors"
@@ -105,6 +106,29 @@ def keywords_of(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         keywords[name] = _as_plain(value)
     return keywords
+
+
+def recomputing_of(
+    scorer: PointScorer, device: str | torch.device | None, samples: Subset | None
+) -> dict[str, Any]:
+    """Return the keywords of ``Recompute`` that a scorer was opened with.
+
+    Args:
+        scorer: Model, data and settings.
+        device: The device as it was asked for.
+        samples: Training samples to recompute from; None for all.
+    """
+    runtime = scorer.runtime
+    return {
+        "device": device,
+        "forward": scorer.forward,
+        "exclude": scorer.exclude,
+        "amp": runtime.amp,
+        "batch_size": runtime.batch_size,
+        "workers": runtime.workers,
+        "seed": runtime.seed,
+        "bn_samples": samples,
+    }
 
 
 def _as_plain(value: Any) -> Any:
