@@ -794,3 +794,14 @@ def test_recompute_writes_nan_where_asked_for_statistics_that_are_not_finite():
     variances = [value for name, value in broken.named_buffers() if "running_var" in name]
     assert any(bool(variance.isnan().any()) for variance in variances)
     assert not any(bool(variance.isinf().any()) for variance in variances)
+
+
+def test_recompute_writes_nan_for_statistics_beyond_the_dtype():
+    """An infinite variance would give finite outputs: the biases alone."""
+    layer = nn.BatchNorm1d(1)
+    batches = [1e25 * normal(8, 1, seed=i, dtype=torch.float32) for i in range(2)]
+    with pytest.raises(BatchNormError, match="too large for float32"):
+        recompute([layer], batches, Runtime(torch.device("cpu")))
+    recompute([layer], batches, Runtime(torch.device("cpu")), keep_nonfinite=True)
+    assert layer.running_var.isnan().all()
+    assert layer.running_mean.isfinite().all()
