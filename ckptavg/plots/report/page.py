@@ -10,6 +10,7 @@ from ckptavg.display.tables import Table
 from ckptavg.errors.printable import escape_unseen, printable, without_secrets
 from ckptavg.optional import import_optional
 
+_NO_BREAK = "\u00a0"
 BlockKind = Literal["paragraph", "facts", "table", "figure", "code", "list"]
 
 
@@ -157,8 +158,8 @@ def _tie_units(text: str) -> Any:
     """Escape a sentence, in which no line ends between a number and its unit."""
     markupsafe = import_optional("markupsafe", "markupsafe")
     escaped = str(markupsafe.escape(printable(text)))
-    for between in (" %", " ="):
-        escaped = escaped.replace(between, f"\u00a0{between[1:]}")
+    for sign in ("%", "= ", "&lt; "):
+        escaped = escaped.replace(f" {sign}", f"{_NO_BREAK}{sign.replace(' ', _NO_BREAK)}")
     return markupsafe.Markup(escaped)
 
 
