@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ckptavg.data.loaders import Subset
 from ckptavg.display.progress import ProgressLike, open_progress
+from ckptavg.distributed.peers import find_peers
 from ckptavg.errors import UsageError
 from ckptavg.errors.notes import collect_notes
 from ckptavg.landscape.curves.named_runs import (
@@ -138,6 +139,7 @@ def _draw_recorded(
         "curve", (axis.title, ""), metrics, points, tuple(landmarks),
         facts={"lines": lines_of(runs, None, scored=False)}, notes=tuple(notes),
     )  # fmt: skip
-    if results is not None:
+    # Of several processes the first writes.
+    if results is not None and find_peers().rank == 0:
         landscape.save(results)
     return landscape
