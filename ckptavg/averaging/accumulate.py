@@ -218,6 +218,7 @@ class Worker:
             rows: float64, (sources, floats): the values of each source. Each row but the first is
                 overwritten by its difference from the first.
         """
+        # A mask has the same values in every row, so that the first row tells.
         if not _is_finite(rows[0]):
             _drop_masks(rows)
         rows[1:].sub_(rows[0])
@@ -286,6 +287,7 @@ class Worker:
         agreed = suspect.clone()
         first: torch.Tensor | None = None
         for source in output.plan.sources:
+            # A copy also of float64, since the next read overwrites the memory.
             values = self._values(source, start, count).to(torch.float64, copy=True)
             if first is None:
                 first = values
@@ -324,6 +326,7 @@ class Worker:
                     f"{plan.name} is {kind} in {owner.path}",
                     "Leave the checkpoint out, or pass `on_nonfinite='keep'`.",
                 )
+        # All inputs are finite, so the sum or its rounding to the output's type has overflowed.
         subject = plan.name
         if len(plan.sources) > 1:
             subject = f"the average of {plan.name}"
@@ -401,6 +404,7 @@ def _drop_masks(rows: torch.Tensor) -> None:
         rows: float64, (sources, floats), changed in place.
     """
     first = rows[0]
+    # NaN is not equal to itself.
     same = ((rows == first) | (rows.isnan() & first.isnan())).all(0)
     rows[:, same & ~first.isfinite()] = 0
 

@@ -102,6 +102,7 @@ def compute_into(
     jobs: list[Job] = []
     for plan, plan_tensors, sink in zip(plans, tensors, sinks, strict=True):
         vectors = spectral_vectors.vector_names(plan)
+        # Singular vectors come after the stream: they are computed from the averaged weights.
         jobs.append(Job([t for t in plan_tensors if t.name not in vectors], sink, keep_nonfinite))
     compute = stream if sharded is None else sharded.stream
     try:
@@ -110,10 +111,12 @@ def compute_into(
         # If another program has changed an input meanwhile, that is the better report.
         _verify_unchanged(plans)
         raise
+    # The power iteration needs whole weights, and each process of a group has only parts.
     if sharded is None or sharded.processes.rank == 0:
         for plan, plan_tensors, sink in zip(plans, tensors, sinks, strict=True):
             spectral_vectors.write_vectors(plan, plan_tensors, sink)
     _verify_unchanged(plans)
+    # Logged last: notes on an average that is refused after all would mislead.
     remarks.log_results(plans, outcome.results)
     return outcome.gram
 

@@ -139,6 +139,7 @@ def open_pass(
         with open_phase(progress, "averaging", "bytes") as report_bytes:
             yield replace(options, progress=report_bytes), None
         return
+    # By its method and not by its class, which is in batchnorm and imports this room.
     if not hasattr(recompute, "open_pass"):
         raise UsageError(
             f"recompute is expected to be a ckptavg.Recompute but got {short(repr(recompute))}",
@@ -173,6 +174,7 @@ def prepare_targets(averages: Sequence[Planned], options: WriteOptions) -> list[
             plan.outputs,
             planned.provenance(),
             [*inputs.values(), *plan.files, plan.template],
+            # Passed as a function, since outputs may not import runs.
             is_run=leads_to_checkpoints,
             companions=plan.companions,
             overwrite=options.overwrite,
@@ -390,4 +392,5 @@ def _open_in_first(targets: Sequence[Target], peers: Peers) -> Iterator[OpenTarg
     else:
         with open_targets(targets) as outputs:
             yield outputs
+    # So that no process opens an output before it is published.
     peers.gather(None)

@@ -125,6 +125,7 @@ def plan_average(
     chosen = schemes.parse(scheme) if weights is None else schemes.from_weights(weights)
     # Checkpoints that the user named one by one are taken as they are.
     for training in () if run.named else run.trainings:
+        # Post-hoc EMA needs the snapshots of several EMAs per step, which look like two series.
         if not chosen.takes_series:
             refuse_two_series(training)
         refuse_parts(training)
@@ -160,6 +161,7 @@ def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:
 
 
 def _patterns(given: str | Sequence[str]) -> tuple[str, ...]:
+    # A text is a sequence too: each letter would be a pattern.
     if isinstance(given, str):
         return (given,)
     if not isinstance(given, Iterable) or not all(isinstance(item, str) for item in given):

@@ -224,11 +224,13 @@ class ShardedWrite:
                 progress(done * self.processes.world_size, total * self.processes.world_size)
 
         requests = replace(requests, parts=self._parts_beside(requests) | self.parts)
+        # The processes of one host share its processors.
         threads = default_threads(self.processes.neighbours)
         outcome = stream(jobs, requests, threads=threads, progress=look)
         names: list[list[list[str]]] = []
         for result in outcome.results:
             names.append([sorted(result.differing), sorted(result.nonfinite)])
+        # As lists of numbers: messages are JSON, which keeps all digits of a float.
         gram = None if outcome.gram is None else outcome.gram.tolist()
         # Summed anew in the order of the ranks, so that all processes get the same bits.
         outcome.gram = None
@@ -256,6 +258,7 @@ class ShardedWrite:
         for plan in requests.gram:
             numels.append((plan.name, plan.output.numel))
         for tensor in requests.observed:
+            # Tensors that only the observer needs are in groups without a name, see add_observed.
             numels.append(("", tensor.numel))
         parts: dict[tuple[str, int], tuple[int, int]] = {}
         for name, numel in numels:
@@ -372,6 +375,7 @@ def _unpack_leaves(message: Mapping[str, str]) -> dict[int, bytes]:
 def _digest(values: Iterable[object]) -> str:
     hasher = hashlib.sha256()
     for value in values:
+        # Paths that are not valid UTF-8 hold surrogates, which UTF-8 refuses.
         hasher.update(repr(value).encode("utf-8", "backslashreplace"))
     return hasher.hexdigest()
 

@@ -43,6 +43,7 @@ def write_vectors(plan: Plan, tensors: Sequence[TensorPlan], sink: Sink) -> None
     if not plan.spectral_norms:
         return
     by_name = {tensor.name: tensor for tensor in plan.tensors}
+    # The vectors of a tied layer are those of its first name.
     layers = [layer for layer in plan.spectral_norms if by_name[layer.u].tied_to is None]
     steps = limit_steps([by_name[layer.weight].shape for layer in layers])
     values: dict[str, torch.Tensor] = {}
@@ -113,6 +114,7 @@ def _iterate(
         weight, last = state[layer.weight], state[layer.weight + _LAST]
         # Vectors that are right already stay as they are.
         iterated = iterate_vectors(weight, vectors, last, steps) or vectors
+        # Not strict: the iteration gives v too, which some layers do not keep.
         for name, vector in zip(layer.vectors, iterated, strict=False):
             values[name] = vector.to(state[name].dtype).reshape(state[name].shape)
     return values

@@ -139,6 +139,7 @@ def stream(
                 bytes_done += shared.take(running.popleft().result())
                 report(bytes_done, total)
         finally:
+            # After an error or Ctrl-C, running tasks stop at their next block and no other begins.
             shared.stopped.set()
             for future in running:
                 future.cancel()

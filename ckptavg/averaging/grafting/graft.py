@@ -98,6 +98,7 @@ def _assign(plan: Plan, measured: Sequence[str]) -> tuple[Mapping[str, str], tup
     """
     averaged = [tensor for tensor in plan.tensors if is_averaged(tensor)]
     names = [tensor.name for tensor in averaged]
+    # Where each tensor is measured, each is its own layer and the order does not matter.
     if is_alphabetical(averaged) and len(names) > len(measured):
         return assign_by_name(names, measured), (_BY_NAME,)
     return assign_in_order(names, measured), ()

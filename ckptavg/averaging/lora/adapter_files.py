@@ -32,6 +32,7 @@ _STANDARD = re.compile(r"[^\n]*(?:lora_A|lora_down|lora\w{0,9}\.down)\.weight")
 # The beginning of PEFT's names. PEFT stores rank and alpha in adapter_config.json, not in the file.
 _PEFT = "base_model.model."
 # Differences of whole tensors, which are added and not multiplied: their plain mean is exact.
+# LyCORIS writes them beside factors, for layers that are trained without a product.
 _DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm")
 # The header's entry of diffusers: rank and alpha by component of the pipeline.
 _HEADER = "lora_adapter_metadata"

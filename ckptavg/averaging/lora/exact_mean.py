@@ -267,6 +267,7 @@ def _check_alike(
     checkpoint: Checkpoint, config: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> None:
     for name in _ALIKE:
+        # Older versions of PEFT lack entries that newer ones write as false or empty.
         if (config.get(name) or None) != (expected.get(name) or None):
             raise MismatchError(
                 f"{checkpoint.path} has {name} {short(str(config.get(name)))} where the last "

@@ -40,6 +40,7 @@ def find_pairs(names: Iterable[str]) -> list[Pair]:
     pairs: list[Pair] = []
     for name in existing:
         pairs += [pair for pair in _candidate_pairs(name) if pair.second in existing]
+    # A set of texts has another order in every process.
     return sorted(pairs, key=lambda pair: pair.first)
 
 

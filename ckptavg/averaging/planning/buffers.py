@@ -17,6 +17,8 @@ _ZERO_POINTS = ("zero_point", "zero_points", "zeropoint", "zp")
 _OBSERVERS = ("observer", "quant", "zero_point")
 # Further buffers of torch.ao's observers, which belong to the range.
 _BESIDE_RANGE = ("eps", "histogram")
+# vector-quantize-pytorch has cluster_size and embed_avg, pytorch-vq-vae _ema_cluster_size and
+# _ema_w.
 _COUNTS = re.compile(r"(?:[^\n]*_)?(?:cluster_size|counts?|usage|elem|N)")
 _SUMS = re.compile(r"(?:[^\n]*_)?(?:avg|sum|ema|ema_w)")
 _COUNTER = re.compile(

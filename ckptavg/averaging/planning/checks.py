@@ -34,6 +34,7 @@ def check_names(
     """
     last, expected = checkpoints[-1], set(names)
     for checkpoint in checkpoints[:-1]:
+        # Refused tensors count as present: check_supported tells why they have no mean.
         present = set(filter(averages, (*checkpoint.tensors, *checkpoint.refused)))
         missing, extra = sorted(expected - present), sorted(present - expected)
         if missing or extra:

@@ -49,6 +49,7 @@ def find_frozen_layers(checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
             continue
         # A layer that never tracks statistics has no count, FrozenBatchNorm2d above all.
         has_count = batch_count(layer) in last.tensors
+        # Batches were counted, so that rounding to 16 bits may have lost their updates.
         may_have_changed = layer in counted and _is_coarse(last, names)
         # An untouched layer has no statistics yet.
         if has_count and (may_have_changed or _is_untouched(same[layer])):
@@ -111,6 +112,7 @@ def _read(
         if len(layer_tensors) == len(names) and all(tensor.dtype.size for tensor in layer_tensors):
             tensors[layer] = layer_tensors
             requests += [(tensor, 0, tensor.numel) for tensor in layer_tensors if tensor.numel]
+    # Remote files get one request for all, not one per tensor.
     reader.fetch(requests)
     contents: dict[str, _Contents] = {}
     for layer, layer_tensors in tensors.items():

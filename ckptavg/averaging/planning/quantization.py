@@ -21,11 +21,17 @@ from ckptavg.io.paths import Location
 _BEFORE = "Average the checkpoints before quantization"
 # Endings of a packed tensor's name, and the endings that the names of its scales have instead.
 _PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # DeepSeek's float8 (weight_scale_inv), compressed-tensors and others.
     ("weight", ("weight_scale", "weight_scale_inv", "weight_scales", "weight.scales")),
+    # bitsandbytes in 4 bits.
     ("", (".absmax", ".quant_map")),
+    # bitsandbytes in 8 bits.
     (".weight", (".SCB", ".weight_format")),
+    # GPTQ and AWQ.
     (".qweight", (".scales", ".qzeros")),
+    # compressed-tensors.
     (".weight_packed", (".weight_scale",)),
+    # The MXFP4 of gpt-oss.
     ("_blocks", ("_scales",)),
 )
 # Parts of names of the floats that turn packed integers into weights. Scales and the signs of
@@ -45,9 +51,13 @@ _FEWEST = 16
 _WORD, _INDEX = 32, 64
 # File → entries. Each entry alone states that the weights are quantized.
 _CONFIGS: dict[str, tuple[str, ...]] = {
+    # transformers, MLX, compressed-tensors.
     "config.json": ("quantization_config", "quantization", "compression_config"),
+    # NVIDIA's ModelOpt.
     "hf_quant_config.json": ("quantization",),
+    # AutoGPTQ.
     "quantize_config.json": ("bits",),
+    # AutoAWQ.
     "quant_config.json": ("bits", "w_bit"),
 }
 _NOTHING = ("", "null", "none", "false", "{}", "0")

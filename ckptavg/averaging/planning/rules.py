@@ -52,6 +52,7 @@ def parse_on_nonfinite(choice: str) -> bool:
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
+    # Not fnmatch.fnmatch, which ignores case on Windows.
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -23,6 +23,7 @@ from ckptavg.formats.checkpoint import Tensor
 
 _U = re.compile(r"(?P<stem>(?:[^\n]*_)?)u(?P<number>\d{0,3})")
 # Endings of the stored weight's name, where the layer computes the weight itself from it.
+# torch.nn.utils.spectral_norm writes weight_orig, an older layer that GANs copy, weight_bar.
 _RAW = ("_orig", "_bar")
 # The module of a weight's first parametrization, as torch.nn.utils.parametrize names it.
 _PARAMETRIZATION = re.compile(r"(?P<weight>[^\n]*\.)0\.")
@@ -97,6 +98,7 @@ def _match_layer(modules: Modules, module: str, match: re.Match[str]) -> Spectra
         numel = u.numel * v.numel
         matrices = {name: matrix for name, matrix in matrices.items() if matrix.numel == numel}
         v_name = module + v_leaf
+    # BigGAN keeps u0 and the singular value sv0, and no v.
     elif not any(f"{stem}{name}" in tensors for name in (f"sv{number}", f"sigma{number}", "orig")):
         return None
     for name, matrix in matrices.items():

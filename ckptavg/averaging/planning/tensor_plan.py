@@ -296,9 +296,11 @@ class _Builder:
         if name in self._vectors:
             return self.copy(name, last)
         if name in self._frozen_statistics:
+            # A last checkpoint of coefficient 0 may have other statistics than those that count.
             return self.copy(name, self.owners[-1])
         if last.tensors[name].dtype.kind == "int" or name in self.buffers:
             plan = self.copy(name, last)
+            # A buffer in a requested type is computed, and only copied bytes can be compared.
             if plan.averaged:
                 return plan
             return replace(plan, compared=self._other_tensors(name))
@@ -317,6 +319,7 @@ class _Builder:
         """Plan a tensor that is copied from a checkpoint, converted where a type is requested."""
         tensor = base.tensors[name]
         dtype = tensor.dtype
+        # Complex tensors keep their type: the types that can be requested are real.
         if dtype.kind == "float":
             dtype = self._choose_dtype(name, [dtype])
         # A conversion is the average of a single source.

@@ -50,6 +50,7 @@ def _polynomial(options: Options) -> Coefficients:
 
     def apply(record: RunRecord) -> list[float]:
         """Return the products of the ratios c(i)/c(i+1) = i/(i+η), back from the last, 1."""
+        # By ratios, since Γ itself overflows from about 171 on.
         coefficients = [1.0]
         for i in range(len(record) - 1, 0, -1):
             coefficients.append(coefficients[-1] * (i / (i + eta)))

@@ -209,6 +209,7 @@ def _measure_misfit(
         product += Decimal(coefficient) * profile.correlate(target)
     norm = target.correlate(target)
     square = norm - (2 / total - 1 / total**2) * product
+    # Rounding may leave the square of an exact fit a little below 0.
     return math.sqrt(max(square, Decimal(0)) / norm)
 
 

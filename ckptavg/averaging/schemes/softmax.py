@@ -39,6 +39,7 @@ def _softmax(options: Options) -> Coefficients:
         coefficients: list[float] = []
         for value in values:
             if math.isfinite(value):
+                # Less the best value, so that no exponential overflows.
                 coefficients.append(math.exp((sign * value - max(finite)) / temperature))
             else:
                 coefficients.append(0.0)

@@ -43,6 +43,7 @@ def suggest(
     suggestion = kind.name
     if options:
         suggestion = f"{kind.name}:{','.join(options)}"
+    # A guess that does not parse would only lead the user to the next error.
     try:
         parse(suggestion)
     except UsageError:
