@@ -11,7 +11,7 @@ from ckptavg.averaging import schemes
 from ckptavg.averaging.grafting.graft import graft
 from ckptavg.averaging.lora import exact_mean
 from ckptavg.averaging.planning.rules import Rules
-from ckptavg.averaging.planning.tensor_plan import Plan
+from ckptavg.averaging.planning.tensor_plan import Plan, TensorPlan
 from ckptavg.averaging.schemes import RunRecord, Scheme
 from ckptavg.errors import CheckpointError, UsageError, short
 from ckptavg.formats import Checkpoint, open_checkpoint
@@ -147,6 +147,33 @@ def plan_average(
     if min(coefficients) < 0 and average.batchnorm == "stale":
         average = replace(average, plan=replace(plan, notes=(*plan.notes, _NEGATIVE_VARIANCES)))
     return average
+
+
+def reweigh(average: Average, weights: Sequence[float]) -> Average:
+    """Plan an average like another one, with other weights, without looking at files again.
+
+    Args:
+        average: An average by weights of models, of more than one checkpoint.
+        weights: One per checkpoint with a positive sum; 0 where the average has 0, and only there.
+
+    Returns:
+        The average, without notes.
+    """
+    used = tuple(float(weight) for weight in weights if weight)
+    tensors: list[TensorPlan] = []
+    for tensor in average.plan.tensors:
+        # Tensors of a single source are copied, whatever the weights.
+        if tensor.averaged and len(tensor.sources) == len(used):
+            tensors.append(replace(tensor, coefficients=used))
+        else:
+            tensors.append(tensor)
+    plan = replace(
+        average.plan,
+        coefficients=tuple(schemes.normalize(weights)),
+        tensors=tuple(tensors),
+        notes=(),
+    )
+    return replace(average, plan=plan, scheme=schemes.from_weights(weights))
 
 
 def _open_base(path: str | os.PathLike[str], key: str) -> Checkpoint:

@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ckptavg.averaging.plan import Average, plan_average, reweigh
 from ckptavg.data.argument_checks import check_data, check_forward, check_model
 from ckptavg.data.loaders import Subset, as_subset, open_loader
 from ckptavg.data.samplers import single_use_error
@@ -253,11 +255,23 @@ class PointScorer:
         weighted = [position for position, value in enumerate(coefficients) if value]
         if len(weighted) == 1:
             return Candidate.of_checkpoint(self.run[weighted[0]], recompute=False)
-        average = Candidate.of_average(self.run, weights=coefficients)
-        planned = average.average
-        if self.training is None or planned is None or planned.batchnorm in ("none", "frozen"):
-            return average
-        return replace(average, recompute=True)
+        planned = self._plan(coefficients)
+        has_stale = planned.batchnorm not in ("none", "frozen")
+        return Candidate.of_average(planned, recompute=has_stale and self.training is not None)
+
+    def _plan(self, coefficients: Sequence[float]) -> Average:
+        """Plan the average of a point; points of the same checkpoints share the checks."""
+        used = tuple(bool(value) for value in coefficients)
+        if used in self._plans:
+            return reweigh(self._plans[used], coefficients)
+        planned = plan_average(self.run, weights=coefficients)
+        self._plans[used] = planned
+        return planned
+
+    @cached_property
+    def _plans(self) -> dict[tuple[bool, ...], Average]:
+        """Plans by the checkpoints that have a coefficient other than 0."""
+        return {}
 
     def _scores(self, results: Sequence[Sequence[Result]]) -> list[PointScore]:
         """Return the scores of the points of a pass."""
