@@ -118,6 +118,22 @@ def test_curves_of_several_runs_share_a_picture(tmp_path):
     assert {point.series.partition(":")[0] for point in named.points} == {"a", "b"}
 
 
+@pytest.mark.parametrize("form", ["paths", "mixed", "generator"])
+def test_curve_takes_runs_in_any_form(tmp_path, form):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    runs = [save_run(path, 2) for path in paths]
+    forms = {"paths": paths, "mixed": [runs[0], paths[1]], "generator": iter(runs)}
+    drawn = curve(forms[form], Net(), DATA)
+    assert {point.series.partition(":")[0] for point in drawn.points} == {"a", "b"}
+
+
+def test_curve_refuses_a_name_for_two_runs(tmp_path):
+    save_run(tmp_path / "a", 2)
+    save_run(tmp_path / "b", 2)
+    with pytest.raises(UsageError, match="both stands for 2 trainings"):
+        curve({"both": open_run(tmp_path / "a", tmp_path / "b")}, Net(), DATA)
+
+
 def test_curve_of_a_path_with_two_runs_has_a_line_for_each(tmp_path):
     save_run(tmp_path / "x" / "run", 2)
     save_run(tmp_path / "y" / "run", 2)

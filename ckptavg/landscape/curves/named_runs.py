@@ -91,8 +91,8 @@ def _runs_in(runs: RunsLike) -> list[Run]:
         return [as_run(runs)]
     # An iterator cannot be looked at twice.
     members: list[Any] = list(runs)
-    if members and all(isinstance(member, Run) for member in members):
-        return members
+    if any(isinstance(member, Run) for member in members):
+        return [as_run(member) for member in members]
     return [as_run(members)]
 
 
