@@ -110,6 +110,8 @@ def test_widths_of_a_quadratic_loss_by_hand(valley):
     (difference,) = facts["differences"]
     assert difference["mean"] == pytest.approx(1 - mean, abs=1e-4)
     assert facts["distances"] == pytest.approx([0, 0.5])
+    last_norm = float((OPTIMUM + OFFSET).norm())
+    assert facts["norms"] == pytest.approx([float(OPTIMUM.norm()), last_norm])
     assert facts["rise"] == {
         "metric": "mse", "unit": "", "data": "evaluation data", "value": 1.0,
     }  # fmt: skip

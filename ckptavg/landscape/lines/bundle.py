@@ -102,6 +102,17 @@ class RayBundle:
         return tuple(distances)
 
     @property
+    def norms(self) -> tuple[float, ...]:
+        """Norm of each center's weights; empty for a run of a single checkpoint."""
+        if self.geometry is None:
+            return ()
+        norms: list[float] = []
+        for center in self.centers:
+            coefficients = torch.tensor(center.coefficients, dtype=torch.float64)
+            norms.append(length(self.geometry.gram, coefficients))
+        return tuple(norms)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Plain values that decide scores beside the names of points."""
         return {"rays": self.settings.seed}

@@ -110,6 +110,7 @@ class RayFigure:
         facts: dict[str, Any] = {
             "centers": [center.name for center in bundle.centers],
             "distances": list(bundle.distances),
+            "norms": list(bundle.norms),
             "directions": bundle.settings.directions,
             "seed": bundle.settings.seed,
             "radius": bundle.radius,

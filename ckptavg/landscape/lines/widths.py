@@ -113,6 +113,10 @@ def find_crossing(
 class Width:
     """Width of the minimum around a center: the distance at which the loss has risen.
 
+    A width belongs to weights as they are. Where BatchNorm follows a layer, weights of twice the
+    norm are the same function at twice the width (Dinh et al. 2017), so that the norms of two
+    centers should be looked at, too.
+
     Attributes:
         center: Name of the center.
         each: The width in each direction; None where the loss does not rise enough.

@@ -79,26 +79,28 @@ def _show(report: Report, landscape: Landscape) -> None:
     """Print the metrics and the width of each center, with statistics as along its rays."""
     starts = {point.series: point for point in landscape.points if not point.x}
     widths = {width["center"]: width for width in landscape.facts["widths"]}
+    norms = landscape.facts["norms"] or [None]
     rows = []
-    for name in landscape.facts["centers"]:
+    for name, norm in zip(landscape.facts["centers"], norms, strict=True):
         metrics = [starts[name].data.get(metric.key) for metric in landscape.metrics]
         cells = [name]
         for metric, value in zip(landscape.metrics, metrics, strict=True):
             cells.append(NOTHING if value is None else format(value, metric.form))
+        cells.append(_length_text(norm))
         width = widths.get(name, {})
-        cells.append(_width_text(width.get("mean")))
+        cells.append(_length_text(width.get("mean")))
         ends = NOTHING
         if width.get("low") is not None:
-            ends = f"{_width_text(width['low'])} to {_width_text(width['high'])}"
+            ends = f"{_length_text(width['low'])} to {_length_text(width['high'])}"
         rows.append((*cells, ends))
     titles = [metric.title for metric in landscape.metrics]
     facts = landscape.facts
     title = f"{facts['directions']} rays of length {facts['radius']:.4g} from each center"
-    report.table(("center", *titles, "width", "95 % interval"), rows, title=title)
+    report.table(("center", *titles, "norm", "width", "95 % interval"), rows, title=title)
     report.line(facts["text"])
 
 
-def _width_text(value: float | None) -> str:
+def _length_text(value: float | None) -> str:
     if value is None:
         return NOTHING
     return f"{value:.4g}"
