@@ -330,6 +330,7 @@ def _require_count(subset: Subset) -> int:
 def _limit_to_share(loader: Batches, peers: Peers, subset: Subset) -> Batches:
     """Limit a process's own loader to this process's share of a subset, in whole batches."""
     count = _require_count(subset)
+    # Both ends are rounded alike, so that the shares of all processes add up to the count.
     start = count * peers.rank // peers.world_size
     end = count * (peers.rank + 1) // peers.world_size
     return ShardedIterable(loader, SingleProcess(), end - start)

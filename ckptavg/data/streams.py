@@ -57,6 +57,7 @@ def is_sample(item: Any) -> bool:
             has_number = True
     has_number |= 0 in axes
     axes.discard(0)
+    # A part with two axes may be a batch of rows, one with four a batch of images.
     return has_number and bool(axes) and axes <= {1, 3}
 
 

@@ -182,6 +182,7 @@ def open_text(
         content = Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is no UTF-8 text: {error}", "Convert it first.") from error
+    # Else transformers warns that the text is longer than the model's context.
     ids = _load_tokenizer(Path(tokenizer))(content, verbose=False)["input_ids"]
     return _log_size(path, Windows(torch.tensor(ids, dtype=torch.int64), length, stride))
 

@@ -127,6 +127,7 @@ class Geometry:
     @property
     def cosines(self) -> torch.Tensor:
         """Cosines of the angles between wᵢ and wⱼ from the origin, (n, n); NaN for weights of 0."""
+        # Rounding may leave a cosine a little beyond 1.
         return (self.gram / self.norms / self.norms[:, None]).clamp(-1, 1)
 
     @property
@@ -298,6 +299,7 @@ def list_weights(run: RunLike, rules: Rules | None = None) -> list[TensorPlan]:
     tensors: list[TensorPlan] = []
     numel = 0
     for tensor in plan.tensors:
+        # A converted copy counts as averaged, too, but has the values of a single checkpoint.
         is_in_all = len(tensor.sources) == len(checkpoints)
         if tensor.averaged and is_in_all and tensor.name not in statistics:
             tensors.append(tensor)
@@ -325,6 +327,7 @@ def geometry_of(run: RunLike, products: torch.Tensor | None) -> Geometry:
     if products is None or shape != (len(run), len(run)):
         raise UsageError(f"products of {len(run)} checkpoints are expected but got {shape}")
     _check_finite(run.checkpoints, products)
+    # A matrix product need not round its two halves alike.
     return Geometry(run, (products + products.T) / 2)
 
 

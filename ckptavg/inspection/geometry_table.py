@@ -16,6 +16,7 @@ _FEWEST_TO_SPLIT = 4
 
 def tabulate_geometry(geometry: Geometry) -> Table:
     """Make the table of norms and distances, a row per checkpoint."""
+    # The first of each sorted row is the distance of a checkpoint to itself.
     ordered = geometry.distances.sort(1).values
     lengths = {
         "norm": geometry.norms.tolist(),

@@ -179,6 +179,7 @@ def _tensor_to_device(
         return value
     if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
+    # torch refuses channels_last for any other number of axes.
     if value.dim() != 4:
         memory_format = torch.preserve_format
     # Only copies to CUDA may be asynchronous. After an asynchronous copy to the CPU, the program
@@ -308,6 +309,7 @@ def _size_of_object(batch: Any) -> int:
     """
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])
+    # PyTorch Geometric has num_graphs, DGL and TensorDict have batch_size.
     for name in ("num_graphs", "batch_size"):
         size = getattr(batch, name, None)
         # TensorDict has a batch size per axis; the first axis is samples.
@@ -354,6 +356,7 @@ def is_batch(item: Any, bare: int = BARE_IN_STREAM) -> bool:
         if isinstance(part, torch.Tensor):
             tensors.append(part)
         elif is_array(part):
+            # Only the shape counts here, so that no values are copied.
             tensors.append(torch.empty(part.shape, device="meta"))
         elif is_sequence(part) and part and not any(map(_holds_more, part)):
             # For example, a list of the samples' names.

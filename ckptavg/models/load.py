@@ -57,6 +57,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, torch.Tensor], origin: 
                 misfit = _describe_shapes(name, loadable[name], tensors[name])
                 remedy = "Check `model` and its arguments, such as num_classes."
             raise ModelError(f"{origin} does not fit the model: {misfit}", remedy)
+    # Not strict: all names were checked above, and spare ones may be missing.
     model.load_state_dict(loadable, strict=False)
 
 
@@ -110,6 +111,7 @@ def _spare_names(tensors: Mapping[str, torch.Tensor], match: _NameMatch) -> set[
     spare: set[str] = set()
     for name in match.missing:
         is_shared = _is_real(tensors[name]) and tensors[name].data_ptr() in loaded
+        # Checkpoints from before torch counted batches lack the counts.
         if is_shared or name.endswith("num_batches_tracked"):
             spare.add(name)
     return spare

@@ -78,6 +78,7 @@ class MemoryFormat:
         """
         try:
             return self._in_either_format(attempt, model, batch)
+        # These errors have a message for the user already.
         except CkptavgError:
             raise
         except Exception as error:

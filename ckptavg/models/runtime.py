@@ -19,6 +19,7 @@ _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Share of the free memory for copies of a model; activations need the rest.
 _SHARE_OF_MEMORY = 0.6
 # Parts of the messages of RuntimeErrors of torch and its libraries.
+# The first is of CUDA and mps, the next two are of torch's CPU allocator, the last is of cuBLAS.
 _EXHAUSTED = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
 
 
@@ -69,6 +70,7 @@ def _check_count(name: str, value: object, least: int) -> None:
     Raises:
         UsageError: The argument is something else.
     """
+    # A bool is an int too.
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(
             f"{name} is expected to be a whole number from {least} on but got {value!r}"
@@ -131,6 +133,7 @@ def count_models_that_fit(model: nn.Module, device: torch.device) -> int:
     size = sum(t.numel() * t.element_size() for t in tensors if not is_lazy(t))
     processes = 1
     if is_distributed():
+        # torchrun sets it to the number of processes on this host.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     free = free_on_host() // processes
     if device.type == "cuda":

@@ -112,6 +112,7 @@ def _scripted_parameters(model: nn.Module) -> list[Parameter]:
     if schema is None:
         return []
     parameters: list[Parameter] = []
+    # The first argument is the module itself.
     for argument in schema.arguments[1:]:
         default = Parameter.empty
         if argument.has_default_value():
@@ -125,6 +126,7 @@ def _scripted_parameters(model: nn.Module) -> list[Parameter]:
 def is_annotated_as(parameter: Parameter, kinds: tuple[str, ...]) -> bool:
     """Return True if a parameter is annotated as a container of the given kinds."""
     annotation = parameter.annotation
+    # A text already where the user's file imports annotations from __future__.
     text = str(annotation)
     # list[Tensor] is a class as well, but has no name of its own.
     if isinstance(annotation, type) and not hasattr(annotation, "__origin__"):

@@ -191,6 +191,7 @@ class FileSink:
         self._layout = layout
         self._targets, self._crcs = {}, {}
         try:
+            # Emptied first, since posix_fallocate never makes a file shorter.
             for file in layout.files:
                 os.truncate(self.root / file.name if file.name else self.root, 0)
                 self._prepare(file)
@@ -278,6 +279,7 @@ class FileSink:
             if hasattr(os, "pwrite"):
                 written += os.pwrite(handle, data[written:], offset + written)
             else:
+                # Windows has no pwrite, and a seek moves the position for all threads.
                 with self._lock:
                     os.lseek(handle, offset + written, os.SEEK_SET)
                     written += os.write(handle, data[written:])

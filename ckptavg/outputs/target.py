@@ -251,6 +251,7 @@ def check_together(targets: Sequence[Target]) -> None:
     rooms: dict[int, int] = {}
     for path, target in zip(paths, targets, strict=True):
         with guard_writes(path):
+            # That of the directory, since the output itself need not exist.
             device = path.parent.stat().st_dev
         rooms[device] = rooms.get(device, 0) + target.layout.size
         check_room(path, rooms[device])

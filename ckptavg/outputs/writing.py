@@ -190,6 +190,7 @@ def open_targets(
                 replaceable=target.replaceable,
             )
             publications.append(stack.enter_context(publication))
+        # Closed before publishing: network file systems report failed writes only on closing.
         with ExitStack() as open_files:
             files: list[FileSink] = []
             written = tensors or [target.tensors for target in targets]
