@@ -263,6 +263,7 @@ def candidates_of(
     last = run.last(1).checkpoints[-1]
     singles = []
     if each:
+        # The last checkpoint is listed once, as the reference.
         singles = [checkpoint for checkpoint in selection if checkpoint.path != last.path]
     # Shortened together, so that names stay different from each other.
     *names, last_name = short_names([checkpoint.path for checkpoint in (*singles, last)])

@@ -84,6 +84,7 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
     Raises:
         CkptavgError: As for ``average`` and ``evaluate``.
     """
+    # Wrong arguments are met before checkpoints are read.
     check_model(model)
     check_forward(forward)
     task = as_task(task)
@@ -99,6 +100,7 @@ def compare(  # noqa: D417 - arguments of `evaluate` and `average` share a line
         planned = plan_average(selection, scheme, weights=weights, **rules)
         sampled = []
         if ensembles.swag:
+            # The mean of SWAG is uniform, whatever the scheme of the average.
             mean = plan_average(selection, **rules)
             sampled = make_swag_candidates(mean, ensembles.swag, recompute=recompute)
         every = as_candidates(candidates, has_training=recompute) + candidates_of(

@@ -123,6 +123,7 @@ def _score_into(
     since scoring again would take long.
     """
     peers = find_peers()
+    # Only the first process writes the file, which other hosts may not see.
     if peers.rank == 0:
         file.check(resume=resume)
     store = ResultStore(candidates, call.identify, file, resume=resume, peers=peers)

@@ -51,12 +51,14 @@ class OutputDistances:
         if outputs is None:
             return
         present = self._waiting.setdefault(number, {})
+        # float32, since outputs may have to wait in memory for a later pass.
         present[id(candidate)] = outputs.detach().flatten(1).float().cpu()
         for position, (first, second) in enumerate(self._pairs):
             if candidate is not first and candidate is not second:
                 continue
             if id(first) in present and id(second) in present:
                 distances = (present[id(first)] - present[id(second)]).norm(dim=1)
+                # Assigned and not added, so that a batch of a repeated pass counts once.
                 self._sums[position, number] = float(distances.double().sum()), len(distances)
         if present.keys() == self._wanted or self._waiting_bytes() > _MOST_WAITING:
             del self._waiting[number]

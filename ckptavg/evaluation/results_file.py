@@ -130,6 +130,7 @@ class ResultsFile:
 
     def _write(self, text: str) -> None:
         with guard_writes(self.path), self._publication() as publication:
+            # newline="" keeps line ends as they are, the same on every system.
             publication.temporary.write_text(text, encoding="utf-8", newline="")
             publication.publish()
 

@@ -140,6 +140,7 @@ class ResultStore:
                 missing.append(candidate)
         baseline = baseline_of(self.candidates)
         if missing and not any(candidate is baseline for candidate in missing):
+            # A comparison needs the baseline's values per sample, which the file does not hold.
             missing.insert(0, baseline)
         return missing
 
@@ -162,6 +163,7 @@ def keys_of(candidates: Sequence[Candidate], identify: Identify) -> list[str]:
     for candidate in candidates:
         description = _describe(candidate, identify)
         if candidate is not baseline:
+            # A result holds its comparison, so that another baseline asks for a new result.
             description["reference"] = [baseline.name, baseline_key]
         keys.append(digest_of(description))
     return keys

@@ -322,6 +322,7 @@ class _Session:
     def _score(self, group: Sequence[WeightSet], scored: ScoredData, batches: Batches) -> None:
         """Score a group over one data set, which must be the same in every pass."""
         for weight_set in group:
+            # Only after recomputing: on a CPU, channels_last makes statistics inaccurate.
             self.memory_format.place(weight_set.model)
         fingerprints: list[int] = []
         finite_check = FiniteCheck(self._holes if self.as_points else None)

@@ -68,6 +68,7 @@ def read_value(text: str) -> Any:
     with warnings.catch_warnings():
         # The compiler warns of unknown escapes, such as those in Windows paths.
         warnings.simplefilter("ignore")
+        # JSON knows true and null within lists; _read_list takes any words and comes last.
         for read in (ast.literal_eval, _read_json, _read_list):
             try:
                 return read(text)

@@ -39,6 +39,7 @@ def find_model_directory(name: str) -> Path:
             f"{directory} is no directory with a {CONFIG}, nor a run of such directories",
             "Expected hf:DIR.",
         )
+    # Such a name is probably that of a repository on the hub.
     if name.count("/") == 1 and not directory.parent.exists():
         remedy = f"Nothing is downloaded: hf download {name} --local-dir DIR, then name hf:DIR."
     else:

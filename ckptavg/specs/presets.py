@@ -66,6 +66,7 @@ def timm_preset(name: str, settings: Mapping[str, Any]) -> Preset:
         title += f", with the training's own {', '.join(settings)}"
     return Preset(
         title,
+        # As timm's transform computes the size before the crop.
         math.floor(side / config["crop_pct"]),
         side,
         tuple(config["mean"]),
@@ -140,6 +141,7 @@ class ImageProcessor:
 
     def __call__(self, image: Any) -> Any:
         """Return the image as a tensor (channels, height, width)."""
+        # Image files may be grey, or have a palette or transparency.
         return self.processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 

@@ -190,6 +190,7 @@ def _image_data(
             resize = preset.resize
     data = call_named(spec, factory, (str(directory),), {"transform": transform, **keywords})
     if resize is not None:
+        # All images of CIFAR have this size.
         sizes = [(32, 32)]
         if kind not in _CIFAR:
             paths = [path for path, _ in getattr(data, "samples", ())]

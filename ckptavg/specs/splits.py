@@ -122,6 +122,7 @@ def _named_parts(value: Any) -> dict[str, Any] | None:
     elif isinstance(value, (tuple, list)) and len(value) <= 3:
         parts = {str(number): part for number, part in enumerate(value)}
     elif hasattr(value, "train_ds") and hasattr(value, "valid_ds"):
+        # fastai's DataLoaders.
         parts = {"train": value.train, "valid": value.valid}
     if not parts:
         return None

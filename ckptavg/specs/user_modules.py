@@ -221,6 +221,7 @@ class _Sibling(Loader):
 
 
 _FINDER = _Finder()
+# Before Python's own finders, which might find a file of the same name elsewhere.
 sys.meta_path.insert(0, _FINDER)
 
 

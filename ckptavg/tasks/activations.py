@@ -42,6 +42,7 @@ class ActivationWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # By identity, since tensors compare by element; weak, to keep no activation in memory.
         self._origins: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_function__(

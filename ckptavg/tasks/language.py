@@ -86,6 +86,7 @@ class CausalLM(Task):
             self._note_range(ids)
         if not aligned:
             return inputs, labels
+        # The last output predicts a token beyond the window, which has no label.
         return inputs, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
     def forward(self, model: nn.Module, inputs: Any) -> Any:
@@ -103,6 +104,7 @@ class CausalLM(Task):
             )
         try:
             return _run(model, inputs)
+        # nanoGPT asserts that a window fits the context; an embedding raises IndexError on a CPU.
         except (AssertionError, IndexError) as error:
             ids = inputs["input_ids"] if isinstance(inputs, Mapping) else inputs
             raise EvaluationError(

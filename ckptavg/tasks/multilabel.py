@@ -42,6 +42,7 @@ class MultiLabel(activations.TaskOnLogits):
     loss: ClassVar = "nll"
 
     def __init__(self) -> None:
+        # Looked for without an import, which takes seconds.
         if importlib.util.find_spec("torchmetrics") is None:
             raise EvaluationError(
                 "multi-label metrics need torchmetrics, which is not installed",
@@ -153,6 +154,7 @@ class MultiLabelMetrics:
         self._leave_device()
         scores, targets = torch.cat(self._scores), torch.cat(self._targets).long()
         count, labels = scores.shape
+        # The scores are log-odds, which are above 0 where p is above 1/2.
         chosen = (scores > 0).long()
         return {
             "map": 100 * _mean_average_precision(scores, targets),

@@ -28,6 +28,7 @@ class TokenScorer:
     """
 
     def __init__(self) -> None:
+        # Weak keys: scores are dropped together with the logits, which take much memory.
         self._scores: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
     def __deepcopy__(self, memo: object) -> TokenScorer:
