@@ -40,7 +40,6 @@ _RC = {
     "axes.spines.right": False,
     "axes.grid": False,
     "text.color": INK,
-    "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": SMALL,

@@ -22,6 +22,7 @@ from sample_landscapes import (
 )
 
 from ckptavg.errors import EvaluationError, SpecError, UsageError
+from ckptavg.tasks import Metric
 
 LINES = ("checkpoints", "running average", "average of the last 5")
 
@@ -198,6 +199,8 @@ def test_segment_barrier_is_above_the_straight_line():
     assert loss.get_title(loc="right") == "barrier 0.2000 nats"
     assert error.get_title(loc="right") == "barrier 6.00 percentage points"
     assert loss.get_xlabel() == "t, from last (0) to average (1)"
+    (height,) = error.texts
+    assert (*height.xyann, *height.xy) == pytest.approx((0.5, (9 + 5) / 2, 0.5, 13))
     assert error.get_ylabel() == "top-1 error (%), evaluation data"
     texts, _ = legend_texts(figure)
     assert texts == ["epoch_200.pt: 0.1500 nats; 9.00 %", "average: 0.1800 nats; 5.00 %"]
@@ -354,6 +357,19 @@ def test_figure_takes_names_as_text(name, shown):
     assert len(texts) == 1
     assert texts[0].startswith(shown)
     assert len(texts[0]) < 60
+
+
+def test_figure_takes_titles_and_units_of_metrics_as_text():
+    odd = Metric("x", "100 $", ".1f", None, "$_{")
+    points = []
+    for point in segment().points:
+        points.append(replace(point, data={"x": point.x}, train=None, interval={}))
+    barrier = {"metric": "x", "unit": "$_{", "data": "evaluation data", "height": 1.0, "at": 0.5}
+    landscape = replace(segment(), metrics=(odd,), points=tuple(points), checkpoints=())
+    figure, panel = replace(landscape, facts={"barriers": [barrier]}, averages=()).plot()
+    figure.draw_without_rendering()
+    assert panel.get_ylabel() == "100 $ ($_{), evaluation data"
+    assert panel.get_title(loc="right") == "barrier 1.0 $_{"
 
 
 def test_figure_leaves_nothing_behind(monkeypatch):

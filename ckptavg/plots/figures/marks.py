@@ -51,7 +51,7 @@ class Marks:
         corners: Checkpoints that the plane goes through, or the first and the last in order.
         others: Further checkpoints.
         averages: Averages.
-        outside: Number of checkpoints beyond the area of the points.
+        outside: Number of further checkpoints beyond the area of the points.
     """
 
     corners: tuple[Landmark, ...]
@@ -72,14 +72,15 @@ def marks_of(landscape: Landscape) -> Marks:
     else:
         corners = [placed[0], placed[-1]][: len(placed)] if placed else []
     corner_ids = {id(mark) for mark in corners}
+    others = [mark for mark in placed if id(mark) not in corner_ids]
     outside = 0
-    for mark in placed:
+    for mark in others:
         inside_x = min(x) <= (mark.x or 0.0) <= max(x)
         inside_y = min(y) <= (mark.y or 0.0) <= max(y)
         outside += not (inside_x and inside_y)
     return Marks(
         tuple(corners),
-        tuple(mark for mark in placed if id(mark) not in corner_ids),
+        tuple(others),
         tuple(mark for mark in landscape.averages if mark.x is not None)[:MOST_AVERAGES],
         outside,
     )

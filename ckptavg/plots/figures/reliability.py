@@ -92,7 +92,7 @@ def _draw_counts(landscape: Landscape, panel: Axes) -> None:
             # Bins are open at their lower end.
             start = (np.ceil(point.x * ECE_BINS) - 1) / ECE_BINS
             left.append(start + 0.07 / ECE_BINS + number * width)
-            heights.append(point.data["n"])
+            heights.append(point.data.get("n", 0))
         panel.bar(left, heights, width, align="edge", color=line_style(number).colour, linewidth=0)
     panel.set_yscale("log")
     panel.set_ylim(bottom=0.7)

@@ -65,7 +65,7 @@ def _draw_barrier(landscape: Landscape, panel: Axes, line: Line, quantity: Quant
             xytext=(at, base),
             arrowprops=_HEIGHT | {"color": ink_of(panel)},
         )
-    panel.set_title(text, loc="right", fontsize=SMALL)
+    panel.set_title(text, loc="right", fontsize=SMALL, parse_math=False)
 
 
 def _barrier_of(landscape: Landscape, quantity: Quantity) -> Mapping[str, Any] | None:

@@ -200,7 +200,7 @@ def _fill_flat(panel: Axes, surface: Surface, quantity: Quantity) -> None:
             mesh, np.zeros(len(surface.x)), cmap=ListedColormap([colour]), zorder=1, linewidth=0
         )
     value = quantity.text(float(surface.values[surface.finite][0]))
-    panel.set_title(f"{value} everywhere", loc="right", fontsize=SMALL)
+    panel.set_title(f"{value} everywhere", loc="right", fontsize=SMALL, parse_math=False)
 
 
 def _triangles(surface: Surface) -> Triangulation | None:
