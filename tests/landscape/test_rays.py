@@ -373,8 +373,11 @@ def test_widths_that_are_not_reached_are_compared_by_signs():
     text = describe_widths([wide, narrow], RISE, 8.0)
     assert text == (
         f"average is wider than last: {RISE} is reached in 4 of 6 within 8 from average and at "
-        "t = 3 (3 to 3) from last (mean and 95 % interval over 6 directions)"
+        "t = 3 (3 to 3) from last (mean and 95 % interval over 6 directions); a larger `radius` "
+        "tells more"
     )
+    text = describe_widths([Width("average", none)], RISE, 8.0)
+    assert text == f"{RISE} is reached nowhere within 8 from average; a larger `radius` tells more"
     # 5 of 5 by chance: 2 / 32, more than 5 %. Directions that neither reaches tell nothing.
     five = Width("average", (7.0,) * 4 + none), Width("last", (3.0,) * 5 + (None,))
     assert compare_widths(*five).wider is None

@@ -183,8 +183,12 @@ def describe_widths(widths: Sequence[Width], rise: str, radius: float) -> str:
         text = f"{'; '.join(verdicts)}: {text}"
     count = len(first.each)
     if count == 1:
-        return f"{text} (in one direction)"
-    return f"{text} (mean and 95 % interval over {count} directions)"
+        text += " (in one direction)"
+    elif any(width.interval is not None for width in widths):
+        text += f" (mean and 95 % interval over {count} directions)"
+    if any(width.beyond for width in widths):
+        text += "; a larger `radius` tells more"
+    return text
 
 
 def _describe_width(width: Width, radius: float) -> str:
