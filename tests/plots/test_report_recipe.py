@@ -95,9 +95,19 @@ def test_recipe_breaks_long_calls(run):
 def test_keywords_leave_defaults_out():
     values = {"scheme": "uniform", "dtype": "float32", "seed": 0, "base": None, "include": ()}
     assert keywords_of(values) == {"dtype": "float32"}
-    assert keywords_of({"bn_samples": ckptavg.Subset(5)}) == {
-        "bn_samples": Symbol("ckptavg.Subset(count=5, stratified=False)")
+    assert keywords_of({"bn_samples": ckptavg.Subset(5)}) == {"bn_samples": 5}
+    assert keywords_of({"bn_samples": ckptavg.Subset(5, stratified=True)}) == {
+        "bn_samples": Symbol("ckptavg.Subset(count=5, stratified=True)")
     }
     assert keywords_of({"forward": code_of, "device": torch.device("cpu")}) == {
         "forward": Symbol("code_of"), "device": "cpu",
     }  # fmt: skip
+
+
+def test_recipe_breaks_long_calls_within_calls(run):
+    settings = {"amp": "bf16", "batch_size": 64, "device": "cuda:0", "exclude": ["backbone.*"]}
+    invocation = Invocation(("run",), {}, {}, settings, "net", "data", "training")
+    code = write_recipe(invocation, run, run, recomputes=True).python
+    compile(code, "code", "exec")
+    assert "\n        amp='bf16',\n" in code
+    assert max(map(len, code.splitlines())) <= 88

@@ -24,7 +24,13 @@ from ckptavg.landscape.geometry import lay_out_geometry
 from ckptavg.landscape.landscape import Landscape
 from ckptavg.landscape.lines.line_points import has_statistics_to_recompute
 from ckptavg.landscape.lines.segment import SegmentPoints, space_evenly
-from ckptavg.landscape.named_points import NamedPoint, NamedPoints, find_points
+from ckptavg.landscape.named_points import (
+    AVERAGE,
+    LAST,
+    NamedPoint,
+    NamedPoints,
+    find_points,
+)
 from ckptavg.landscape.points import PointLike, PointScore, PointScorer
 from ckptavg.landscape.reliability import check_classifier, lay_out_reliability
 from ckptavg.landscape.store import Key, Scores
@@ -155,8 +161,8 @@ def _plan_segment(
     total = math.fsum(own)
     shares = [coefficient / total for coefficient in own]
     shares += [0.0] * (len(named.run) - len(own))
-    average = NamedPoint("the average", tuple(shares))
-    last = replace(named.points[0], name="the last checkpoint")
+    average = NamedPoint(AVERAGE, tuple(shares))
+    last = replace(named.points[0], name=LAST)
     # The last checkpoint of the run may be outside the selection.
     if measured is None or named.run is not subject.selection:
         measured = geometry(named.run)

@@ -135,6 +135,8 @@ def _as_plain(value: Any) -> Any:
     """Return a plain value for a value of a keyword, or code that stands for it."""
     if isinstance(value, Checkpoint):
         return str(value.path)
+    if isinstance(value, Subset) and not value.stratified:
+        return value.count
     if isinstance(value, Subset):
         return Symbol(f"ckptavg.{value!r}")
     if isinstance(value, (torch.device, os.PathLike)):
@@ -187,7 +189,7 @@ def _write_python(
     written = [f"run{selecting}", *_write_keywords(keywords)]
     if recomputes:
         arguments = ["model", "train_data", *_write_keywords(invocation.recomputing)]
-        written.append(f"recompute=ckptavg.Recompute({', '.join(arguments)})")
+        written.append(_call("recompute=ckptavg.Recompute", arguments, indent=4))
     opening = [*map(_literal, paths), *_write_keywords(invocation.opening)]
     return "\n".join(
         ["import ckptavg", "", _call("run = ckptavg.open_run", opening),
@@ -229,10 +231,17 @@ def _literal(value: Any) -> str:
     return escape_unseen(repr(value))
 
 
-def _call(function: str, arguments: Sequence[str]) -> str:
-    """Write a call in one line, or with an argument per line where it gets long."""
+def _call(function: str, arguments: Sequence[str], indent: int = 0) -> str:
+    """Write a call in one line, or with an argument per line where it gets long.
+
+    Args:
+        function: Text before the parenthesis.
+        arguments: Arguments, with line breaks or without.
+        indent: Blanks before the call.
+    """
     line = f"{function}({', '.join(arguments)})"
-    if len(line) <= _LINE:
+    if len(line) + indent < _LINE and "\n" not in line:
         return line
-    lines = [f"    {argument}," for argument in arguments]
-    return "\n".join([f"{function}(", *lines, ")"])
+    blanks = " " * indent
+    lines = [f"{blanks}    {argument}," for argument in arguments]
+    return "\n".join([f"{function}(", *lines, f"{blanks})"])
