@@ -24,6 +24,8 @@ Scores: TypeAlias = Mapping[Key, PointScore]
 """Scores so far, by the keys of points."""
 # Fact of a stored landscape: the digest of all that decides the scores beside the points.
 IDENTITY = "identity"
+# Decimals by which the coefficients of points are told apart.
+_DIGITS = 9
 _ELSEWHERE = "Name another file for the results, or move that one away."
 
 
@@ -147,9 +149,11 @@ class _Store:
                 )
         # Hosts may see other files and times, so the first process decides.
         entries: list[Any] = []
+        stored_scores = {_rounded(key): score for key, score in known.items()}
         for position, key in enumerate(points):
-            if key in known:
-                score = known[key]
+            # A checkpoint, with statistics of its own, may be that close to a point of the grid.
+            score = known.get(key, stored_scores.get(_rounded(key)))
+            if score is not None:
                 interval = {name: list(ends) for name, ends in score.interval.items()}
                 entries.append([position, dict(score.data), score.train, interval])
         entries = self._peers.gather(entries)[0]
@@ -195,3 +199,14 @@ def key_of(entry: Point | Landmark) -> Key:
     if isinstance(entry, Point):
         return entry.series, entry.x
     return entry.name
+
+
+def _rounded(key: Key) -> Key:
+    """Round the numbers of a key.
+
+    Another number of threads, or another processor, gives the inner products that coefficients are
+    computed from in other last digits.
+    """
+    if not isinstance(key, tuple):
+        return key
+    return tuple(round(part, _DIGITS) if isinstance(part, float) else part for part in key)

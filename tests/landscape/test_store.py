@@ -93,6 +93,18 @@ def test_landscape_takes_holes_and_landmarks_from_the_file(run, tmp_path, monkey
     assert landscape.points[4].data == {"top1": 7.0}
 
 
+def test_landscape_knows_points_whose_coefficients_differ_by_rounding(run, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    score_landscape(scorer_of(run), POINTS, build, results=path)
+    scored = counted(monkeypatch)
+    again = {}
+    for a, b, c in POINTS:
+        again[a + 1e-12, b - 1e-12, c] = (a + 1e-12, b - 1e-12, c)
+    again[0.3, 0.7, 1e-6] = (0.3, 0.7, 1e-6)
+    score_landscape(scorer_of(run), again, lambda _: build({}), results=path, resume=True)
+    assert scored == [(0.3, 0.7, 1e-6)]
+
+
 @pytest.mark.parametrize(
     "options", [{"weight_decay": 0.1}, {"batch_size": 9}], ids=["decay", "batches"]
 )
