@@ -195,6 +195,7 @@ def _directory(path: Path) -> Iterator[None]:
     Raises:
         OutputError: The path is not a directory, or cannot be created.
     """
+    # The innermost comes first, the order in which they can be removed again.
     missing = [directory for directory in (path, *path.parents) if not directory.exists()]
     if not missing and not path.is_dir():
         raise OutputError(f"{path} is no directory", "Choose another out_dir.")

@@ -55,6 +55,7 @@ class Average:
         """State of the running statistics in the average."""
         layers = batchnorm_layers(tensor.name for tensor in self.plan.tensors)
         frozen = self.plan.frozen
+        # Integers are never averaged, so that they say nothing about the origin of the weights.
         floats = [t for t in self.plan.tensors if t.dtype.kind != "int"]
         owners: set[Location] = set()
         for tensor in floats:

@@ -200,6 +200,7 @@ def _collect(
 ) -> None:
     """Add the tensors of an output to the requests that can share reads with them."""
     for plan in plans:
+        # A sink repeats the first name's blocks for tied tensors, and empty tensors have none.
         if plan.tied_to is None and plan.output.numel:
             # A sum in another order than the common one cannot share its reads.
             places = [ranks.get(id(source), -1) for source in plan.inputs]

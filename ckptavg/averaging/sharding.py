@@ -306,6 +306,7 @@ class ShardedWrite:
         Raises:
             ProcessesError: Two processes differ.
         """
+        # Digests, since the names of a large model's tensors would make long messages.
         digests: dict[str, str] = {}
         for subject, values in self._shared_values().items():
             digests[subject] = _digest(values)

@@ -30,6 +30,7 @@ def with_progress(
     """
     samples_done, total = 0, samples_in(loader)
     for batch in _load_seeded(loader, seed):
+        # A failure of another process ends the pass here, and not only after the last batch.
         peers.check()
         yield batch
         samples_done += size_of(batch)

@@ -76,6 +76,7 @@ def _states() -> dict[str, Any]:
 def _seed(name: str, seed: int) -> None:
     """Seed a global generator."""
     if name == "torch":
+        # Not torch.manual_seed, which also seeds the generators of all devices.
         torch.default_generator.manual_seed(seed)
     elif name == "python":
         random.seed(seed)

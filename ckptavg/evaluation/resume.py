@@ -176,6 +176,7 @@ def _describe(candidate: Candidate, identify: Identify) -> dict[str, Any]:
     """
     checkpoints: Sequence[Any] = candidate.checkpoints
     if candidate.planned:
+        # With the base, whose tensors count for the scores as well.
         checkpoints = candidate.planned[0].plan.inputs
     files = []
     for checkpoint in checkpoints:

@@ -106,6 +106,7 @@ class ScoredData:
             return self._hole(score)
         metrics = score.scores.compute()
         details = score.details()
+        # The table needs both, which a user's own task may lack.
         missing = {"n", self.task.metrics[0].key} - metrics.keys()
         if missing:
             raise EvaluationError(

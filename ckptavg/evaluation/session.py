@@ -332,6 +332,7 @@ class _Session:
             fingerprints.append(_fingerprint(host_targets))
             scored.check_batch(number, fingerprints[-1])
             inputs, targets = self.task.part(self.model, batch.on_device)
+            # A user's function gets the batch as the loader yields it, with the targets.
             if self.forward is not None:
                 inputs = batch.on_device
             parts = _Parts(number, self.memory_format.to_device(inputs), targets, host_targets)

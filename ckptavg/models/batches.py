@@ -81,6 +81,7 @@ def with_tensors_for_arrays(value: Any, device: torch.device | None = None) -> A
 def _sequence_like(value: Any, parts: list[Any]) -> Any:
     """Make a tuple, a list or a named tuple of new parts."""
     if hasattr(value, "_fields"):
+        # A named tuple takes its fields one by one.
         return type(value)(*parts)
     return type(value)(parts)
 
@@ -308,6 +309,7 @@ def _size_of_object(batch: Any) -> int:
     Without a count of its own, the object has as many samples as its first tensor has rows.
     """
     if isinstance(batch, PackedSequence):
+        # The first step is one that every sequence has.
         return int(batch.batch_sizes[0])
     # PyTorch Geometric has num_graphs, DGL and TensorDict have batch_size.
     for name in ("num_graphs", "batch_size"):

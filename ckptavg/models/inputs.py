@@ -253,8 +253,10 @@ def _with_mask(signature: Signature, parts: Sequence[Any], *, sure: bool) -> dic
     first, mask = parts[0], parts[-1]
     if not isinstance(first, torch.Tensor) or not isinstance(mask, torch.Tensor):
         return None
+    # A mask has the first axes of the input, and labels mostly have a single axis.
     if mask.dim() < 2 or mask.is_floating_point() or mask.shape != first.shape[: mask.dim()]:
         return None
+    # Integers of 0 and 1 may just as well be the labels of two classes.
     if mask.dtype != torch.bool and not (sure and bool(((mask == 0) | (mask == 1)).all())):
         return None
     names = [p.name for p in leading]

@@ -111,6 +111,7 @@ def apply_together(moves: Iterable[tuple[nn.Module, Perturbation]]) -> None:
             by_direction.setdefault(step.direction, []).append((_weights_of(model), step.distance))
     for direction, movers in by_direction.items():
         sizes: list[tuple[str, int]] = []
+        # Modules of one kind have the same weights.
         for name, values in movers[0][0].items():
             sizes.append((name, values.numel()))
         norm = direction.norm(tuple(sizes))

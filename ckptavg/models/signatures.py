@@ -91,6 +91,7 @@ def _signature(model: nn.Module) -> Signature:
     try:
         parameters = [*inspect.signature(model.forward).parameters.values()]
     except (TypeError, ValueError):
+        # A scripted or traced forward is no Python function.
         parameters = _scripted_parameters(model)
         if not parameters:
             return Signature((), many=True, further=True)

@@ -148,6 +148,7 @@ class InputDigests:
         Raises:
             RuntimeError: A tensor has not been hashed completely.
         """
+        # A file may hold several networks, each under a key of its own.
         key = str(checkpoint.path), checkpoint.key
         if key not in self._digests:
             rows: list[Row] = []

@@ -297,6 +297,7 @@ def _call_remedy(
 ) -> str:
     """Word the remedy for a failed call: unknown or missing arguments; empty for other errors."""
     accepted = parameters_of(factory)
+    # Python reports unknown and missing arguments as TypeError.
     if not isinstance(error, TypeError) or not accepted:
         return ""
     unknown = set(keywords) - set(accepted)

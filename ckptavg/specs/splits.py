@@ -17,6 +17,7 @@ from ckptavg.specs.importing import describe_failure
 log = logging.getLogger("ckptavg")
 
 _TRAINING = ("train", "training")
+# Searched in this order, so that validation data come before test data.
 _EVALUATION = ("validation", "valid", "val", "eval", "dev", "test", "testing")
 # Method of a DataModule → stage of its ``setup``.
 _STAGES = {"train_dataloader": "fit", "val_dataloader": "fit", "test_dataloader": "test"}

@@ -59,6 +59,7 @@ class Classification(activations.TaskOnLogits):
                 "Let the model return the logits that the classes are the argmax of.",
             )
         if len(targets):
+            # A single logit stands for two classes.
             _check_labels(targets, max(logits.shape[1], 2), binary=logits.shape[1] == 1)
 
     def predict(self, outputs: Any, targets: Any) -> torch.Tensor:

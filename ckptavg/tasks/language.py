@@ -123,6 +123,7 @@ class CausalLM(Task):
         """
         logits = _logits(outputs, targets)
         count, length = targets.shape
+        # For generation, models compute the logits of the last position alone.
         if length > 1 and logits.shape in ((count, 1, logits.shape[-1]), (count, logits.shape[-1])):
             raise EvaluationError(
                 f"the model returns logits of shape {tuple(logits.shape)}, for one position only, "
@@ -143,6 +144,7 @@ class CausalLM(Task):
                 f"the data has the token id {largest}, but the model has {logits.shape[2]} tokens",
                 _BELONG_TOGETHER,
             )
+        # Only once, since the check waits for the device.
         if not self._has_checked_logits and logits.numel():
             self._has_checked_logits = True
             if are_distributions(logits[0]):

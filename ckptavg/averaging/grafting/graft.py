@@ -142,6 +142,7 @@ def _mean_coefficients(
     addends: dict[int, list[float]] = {id(checkpoint): [] for checkpoint in checkpoints}
     elements = 0
     for tensor in tensors:
+        # Tied names share their elements, which count once.
         if is_averaged(tensor) and tensor.tied_to is None:
             elements += tensor.output.numel
             for owner, coefficient in zip(tensor.owners, tensor.coefficients, strict=True):

@@ -36,6 +36,7 @@ from ckptavg.formats.huggingface.format import PEFT
 
 _FACTOR = re.compile(r"(.*\.lora_(?:embedding_)?)([AB])((?:\.weight)?)")
 _FACTOR_BIAS = re.compile(r".*\.lora_B\.bias")
+# DoRA's lora_magnitude_vector, for one.
 _OTHER_PART = re.compile(r".*\.lora_\w+(\..*)?")
 # Entries of a configuration in which adapters must agree: they decide ranks, scales or layout.
 _ALIKE = (

@@ -21,6 +21,7 @@ _BESIDE_RANGE = ("eps", "histogram")
 # _ema_w.
 _COUNTS = re.compile(r"(?:[^\n]*_)?(?:cluster_size|counts?|usage|elem|N)")
 _SUMS = re.compile(r"(?:[^\n]*_)?(?:avg|sum|ema|ema_w)")
+# num_updates is of latent-diffusion's EMA, n_averaged of torch's AveragedModel.
 _COUNTER = re.compile(
     r"(?:[^\n]*_)?(?:num_batches_tracked|steps?|iterations?|iter|counter|count|num_updates"
     r"|n_averaged)"

@@ -107,6 +107,7 @@ def _list_profiles(record: RunRecord, given: Sequence[float]) -> list[_Profile]:
                 remedy,
             )
         profile = _Profile.of_snapshot(Decimal(step), width)
+        # Two equal rows would make the linear system singular.
         if profile in profiles:
             twin = record.describe(profiles.index(profile))
             raise RunError(
