@@ -103,7 +103,7 @@ def plan_average(
 ) -> Average:
     """Plan an average, and check that the run can be averaged.
 
-    Only a few elements are read, but for ``grafting``, which measures the weights of two networks.
+    Only a few elements are read. ``grafting`` reads more, since it measures two networks.
 
     Args:
         run: The result of ``open_run``, or a selection of it; or the path of a run.

@@ -129,10 +129,10 @@ class Candidate:
 
         Args:
             weights: A state dict, or a module, whose state dict is used.
-            name: Name in the table. Where None, the class of a module, or the account of a state
-                dict.
-            recompute: As for ``of_checkpoint``. The return value of ``average`` carries an account
-                that records stale statistics.
+            name: Name in the table. Where None, the class of a module, or the scheme that a
+                state dict's provenance records.
+            recompute: As for ``of_checkpoint``. The return value of ``average`` carries a
+                provenance that records stale statistics.
         """
         if isinstance(weights, nn.Module):
             name = name or type(unwrap_distributed(weights)).__name__
@@ -382,7 +382,7 @@ def _average_name(count: int, scheme: str) -> str:
 
 
 def _name_of(weights: Weights) -> str:
-    """Name a state dict by the account that ``average`` attached; "state dict" without one."""
+    """Name a state dict by its provenance from ``average``; "state dict" without a provenance."""
     provenance = weights.provenance
     if provenance is None:
         return "state dict"

@@ -52,7 +52,7 @@ def parse_ensembles(value: bool | str | Iterable[str]) -> Ensembles:
             f"{short(repr(value))}"
         )
     fge = False
-    # A dict for the order, in which an ensemble that is named twice counts once.
+    # A dict keeps the order, and an ensemble that is named twice counts once.
     swag: dict[Swag, None] = {}
     for text in texts:
         name, _, options = text.strip().partition(":")
@@ -99,8 +99,8 @@ def make_swag_candidates(
         )
         if candidate.recompute and not recompute:
             raise UsageError(
-                "the samples of swag have no BatchNorm statistics of their own until they are "
-                "recomputed, which needs training data (`train_data`)"
+                "recomputing the BatchNorm statistics of swag's samples needs training data "
+                "(`train_data`)"
             )
         candidates.append(candidate)
     return candidates

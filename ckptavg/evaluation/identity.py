@@ -62,7 +62,7 @@ class EvaluationCall:
     keep_nonfinite: bool
 
     def identify(self, candidate: Candidate) -> Identity:
-        """Return the identity of all that decides the scores of a candidate beside files."""
+        """Return the identity of all that decides a candidate's scores apart from files."""
         options = dict(self._scoring)
         if candidate.planned:
             options["average"] = _describe_average(candidate.planned[0])

@@ -17,9 +17,9 @@ _MOST_WAITING = 2**28
 class OutputDistances:
     """Mean Euclidean distances between the outputs of pairs of candidates, batch by batch.
 
-    Outputs are what an ensemble takes the mean of: probabilities, or values of a regression. The
-    two of a pair meet where candidates share a pass over the data; outputs of other candidates wait
-    on the host as long as there is room. A batch that is passed again counts once.
+    Outputs are what an ensemble takes the mean of: probabilities, or values of a regression. A
+    distance needs the outputs of both candidates. If the candidates do not share a pass over the
+    data, outputs wait on the host as long as there is room. A repeated batch counts once.
 
     Args:
         pairs: The pairs.
@@ -73,8 +73,8 @@ class OutputDistances:
     def read(self, peers: Peers) -> list[float | None]:
         """Return the mean distance of each pair over the samples of all processes.
 
-        Every process must call this. None stands for a pair that did not meet on all batches, and
-        for a task whose ensemble takes no mean of outputs.
+        Every process must call this. The distance is None for a pair without the outputs of both on
+        all batches, and for a task whose ensemble takes no mean of outputs.
         """
         state = []
         for position in range(len(self._pairs)):

@@ -123,10 +123,10 @@ def score_on(
         progress: As for ``score``.
         peers: As for ``score``.
         on_results: Called after each pass with the results so far on each data set.
-        as_points: True for points of a landscape. Each stands for itself: the results have the norm
-            of the weights, and a point whose outputs are not finite has metrics of NaN.
-        baselines: Per candidate, the one of the candidates that it is compared with. Where None,
-            that is the last checkpoint of the run, or the first candidate; for points, nothing.
+        as_points: True for points of a landscape, which have no baseline. The results have the norm
+            of the weights, and metrics of NaN where outputs are not finite.
+        baselines: Baseline of each candidate, one of the candidates. Where None, the baseline is
+            the last checkpoint of the run, else the first candidate; points have none.
         sample_metric: Key of the metric whose per-sample values are compared; the task's choice
             where None.
         on_predictions: Called with the predictions of each candidate on each batch of the first
@@ -149,7 +149,7 @@ def score_on(
     peers = peers or SingleProcess()
     task = task or Classification()
     if baselines is None and as_points:
-        # What is compared with itself is compared with nothing.
+        # A candidate that is its own baseline gets no comparison.
         baselines = candidates
     elif baselines is None:
         baselines = [baseline_of(candidates)] * len(candidates)
@@ -232,7 +232,7 @@ class _Session:
         for baseline in baselines:
             baseline_members.update(baseline.members)
         groups = sorted(self.weight_sets.groups(size), key=baseline_members.isdisjoint)
-        # Of points, the caller knows the number of all passes.
+        # Only the caller knows the number of all passes over points.
         if not self.as_points:
             log_pass_count(len(self.candidates), len(groups))
         for scored in self.scored:
@@ -285,7 +285,7 @@ class _Session:
                 score.begin()
             batches = self._with_progress(scored.data, f"{scored.phase}{numbering}")
             self._score(group, scored, batches)
-        # Also tells the processes apart that ran out of memory.
+        # This exchange also tells each process whether another process ran out of memory.
         holes = set(chain.from_iterable(self.peers.gather(sorted(self._holes))))
         for weight_set in group:
             weight_set.is_hole = weight_set.name in holes

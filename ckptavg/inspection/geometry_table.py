@@ -53,7 +53,7 @@ def describe_groups(geometry: Geometry) -> str:
             verb = "stands"
         return (
             f"{first_few(names)} {verb} apart: {outliers.distance:.4g} to the nearest of the "
-            f"others, which all have one within {outliers.typical:.4g}"
+            f"others; each of the others has a neighbour within {outliers.typical:.4g}"
         )
     if len(groups.members) > 1:
         sizes = " and ".join(str(len(group)) for group in groups.members)

@@ -44,7 +44,8 @@ def test_geometry_points_at_an_outlier(run: Path) -> None:
     torch.save({"w": torch.tensor([203.0, 1.0])}, run / "epoch_2.pt")
     line = inspect("run", "--geometry").stdout.splitlines()[-1]
     assert line == (
-        "epoch_2.pt stands apart: 200 to the nearest of the others, which all have one within 2"
+        "epoch_2.pt stands apart: 200 to the nearest of the others; "
+        "each of the others has a neighbour within 2"
     )
 
 

@@ -192,7 +192,7 @@ def test_swag_scores_are_independent_of_processes(checkpoints, count):
 def test_swag_without_training_data_is_refused(checkpoints):
     with pytest.raises(UsageError, match="needs training data"):
         evaluate([Candidate.of_swag(checkpoints)], network(), DATA)
-    with pytest.raises(UsageError, match="no BatchNorm statistics of their own"):
+    with pytest.raises(UsageError, match="BatchNorm statistics of swag"):
         compare(checkpoints, network(), DATA, ensemble="swag")
 
 

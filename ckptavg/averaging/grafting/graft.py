@@ -34,15 +34,15 @@ _BY_NAME = (
 def graft(plan: Plan, grafting: Grafting) -> Plan:
     """Give each layer of a plan its own coefficients.
 
-    The networks stand in a cycle in which each gets its predecessor grafted, as in the paper. The
-    plan is that of the last one: it counts, and its predecessor, while the others count for the
-    networks that are not written.
+    The networks stand in a cycle, and each network gets its predecessor grafted, as in the paper.
+    The plan is that of the last network: only the last network and its predecessor count. The
+    other networks would count for results that are not written.
 
-    As in the published code, a layer is a measured weight and all that follows it up to the next:
-    bias, BatchNorm's weight, bias and running statistics. What comes before the first measured
-    weight goes with that weight. Two things differ from the published code. It measures
+    As in the published code, a layer is a measured weight and all tensors up to the next measured
+    weight: the bias, and BatchNorm's weight, bias and running statistics. Tensors before the first
+    measured weight belong to that weight. The published code differs in two ways. It measures
     convolutions alone, and gives linear layers the coefficient of the convolution before them; here
-    each weight of two dimensions or more is measured. It rounds coefficients to two decimals.
+    each weight of two dimensions or more is measured. It also rounds coefficients to two decimals.
 
     Args:
         plan: The plan of the mean of the last two checkpoints, in the order of the cycle.
@@ -86,7 +86,7 @@ def _describe(checkpoints: Sequence[Checkpoint]) -> str:
     *others, other, own = short_names([checkpoint.path for checkpoint in checkpoints])
     text = f"grafting: {other} is grafted into {own}, the last network that is named"
     if others:
-        text += f"; {first_few(others)} would be grafted into others of the cycle, and do not count"
+        text += f"; {first_few(others)} would be grafted into other networks, and do not count"
     return text
 
 

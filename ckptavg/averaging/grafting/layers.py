@@ -19,7 +19,7 @@ def measured_tensors(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
     """List the tensors whose values decide the coefficients of layers.
 
     These are the averaged weights with two dimensions or more: of convolutions, linear layers and
-    embeddings. A network without any has a layer per tensor.
+    embeddings. In a network without such weights, each tensor is a layer.
 
     Args:
         tensors: All tensors of an average.
@@ -51,7 +51,7 @@ def is_alphabetical(tensors: Sequence[TensorPlan]) -> bool:
 
 
 def assign_in_order(names: Sequence[str], measured: Sequence[str]) -> dict[str, str]:
-    """Assign each tensor to the last measured tensor up to it; to the first, if there is none.
+    """Assign each tensor to itself if measured, else to the measured tensor before, else the first.
 
     Args:
         names: All names in the order of the network's layers.

@@ -41,7 +41,7 @@ def _check_halflife(options: Options) -> None:
     if options.get("per", "step") != "step":
         raise UsageError(
             f"ema:halflife=F is expected to have per=step but got {options['per']!r}: a fraction "
-            "of training is one of its steps"
+            "of training is counted in steps"
         )
 
 
@@ -137,7 +137,7 @@ def _lookahead(options: Options) -> Coefficients:
 
 
 def _remark_on_ema(options: Options) -> Remark:
-    """Make the remark for averages that the seed dominates, or one checkpoint by its half-life."""
+    """Make the remark for averages that a single checkpoint dominates, the seed or a late one."""
     by_halflife = remark_on_one("ema", "a longer halflife gives more to the others")
 
     def remark(record: RunRecord, coefficients: Sequence[float]) -> str:

@@ -57,7 +57,7 @@ def parse_grafting(options: Options) -> Grafting:
     """
     measure = _MEASURES[options.get("measure", "entropy")]
     if measure != "entropy" and "bins" in options:
-        raise UsageError("grafting:bins is of the measure entropy, and the measure is l1")
+        raise UsageError("grafting:bins belongs to measure=entropy, but the measure is l1")
     a = read_number(options.get("a", "0.4"))
     if not 0 <= a <= 1:
         raise UsageError(f"grafting:a=A is expected to have 0 <= A <= 1 but got {options['a']!r}")
@@ -75,8 +75,8 @@ def parse_grafting(options: Options) -> Grafting:
 def _grafting(options: Options) -> Coefficients:
     """Make the coefficients of a network and its predecessor, before the layers are measured.
 
-    The networks stand in a cycle, and each gets its predecessor grafted. The result is the last
-    network's, so that it counts, and its predecessor, and no other.
+    The networks stand in a cycle, and each network gets its predecessor grafted. The result stands
+    for the last network, so only the last network and its predecessor count.
     """
     parse_grafting(options)
 

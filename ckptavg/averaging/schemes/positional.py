@@ -120,7 +120,7 @@ def _mark_last(count: int, window: int) -> list[float]:
 
 
 def _remark_on_window(options: Options) -> Remark:
-    """Make a remark for windows that are longer than the run, or count without steps."""
+    """Make a remark for windows longer than the run, and for shares where steps are unknown."""
     window = _parse_window(options.get("k", ""))
     if isinstance(window, int):
         return _remark_on_length(window)

@@ -19,7 +19,7 @@ from ckptavg.errors import RunError
 # The Gram matrix of many snapshots is too ill-conditioned for float64. Decimals of twice as many
 # digits also give the same bits on every machine, which linear algebra libraries do not.
 _CONTEXT = decimal.Context(prec=34)
-# Relative error of the reconstructed weights over training from which a note tells it.
+# Relative error of the reconstructed weights over training from which on a note tells the error.
 _POOR_FIT = 0.1
 # Sum of the absolute weights from which the rounding of the snapshots is amplified noticeably.
 _AMPLIFIED = 2.0

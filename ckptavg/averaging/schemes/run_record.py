@@ -92,7 +92,7 @@ def require_increasing(record: RunRecord, scheme: str, remedy: str) -> list[floa
     known = [step for step in record.steps if step is not None]
     if len(known) == len(record) and all(a < b for a, b in pairwise(known)):
         return known
-    # Parts of one training, which go on from each other, are no runs beside each other.
+    # Parts of one training go on from each other and have passed the test above.
     if len(record.lengths) > 1 and len(known) == len(record):
         raise RunError(
             f"{scheme} needs the steps of one training, and those of {len(record.lengths)} runs "

@@ -146,7 +146,7 @@ def remark_on_one(name: str, advice: str) -> Remark:
 
     Args:
         name: Name of the scheme.
-        advice: What gives more to the others.
+        advice: A way to give more weight to the other checkpoints, for the remark.
     """
 
     def remark(record: RunRecord, coefficients: Sequence[float]) -> str:

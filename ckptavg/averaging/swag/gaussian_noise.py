@@ -49,7 +49,7 @@ class GaussianNoise:
         """Compute the standard deviation of each element over the sources.
 
         The variance is the mean of squares less the square of the mean, computed as the mean
-        square of the differences from the mean: the same number, without its loss of digits. Each
+        square of the differences from the mean: the same number without the loss of digits. Each
         product and each sum is rounded on its own, so that bits do not depend on the block.
 
         Args:

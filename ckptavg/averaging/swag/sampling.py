@@ -1,9 +1,9 @@
 """Samples of SWAG as planned averages.
 
 A sample is mean + √scale · (√diag ∘ z₁ + Dᵀz₂ / √(K − 1)), with standard normal z₁ and z₂ (Maddox
-et al. 2019, equation 1). Every row of D is a sum of checkpoints, so that all but the term of z₁ is
-an average with coefficients of its own. That term is noise on the average. So all samples come from
-one read of the checkpoints, block by block.
+et al. 2019, equation 1). Every row of D is a weighted sum of checkpoints. So a sample is an average
+with random coefficients, and the term of z₁ is noise on this average. All samples come from one
+read of the checkpoints, block by block.
 """
 
 from __future__ import annotations

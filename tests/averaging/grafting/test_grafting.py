@@ -260,7 +260,7 @@ def test_grafting_of_non_finite_weights_is_refused(home):
         ("grafting:a=x", "grafting:a=A is expected to have 0 <= A <= 1 but got 'x'"),
         ("grafting:c=-1", "grafting:c=C is expected to have 0 <= C < inf but got '-1'"),
         ("grafting:bins=1", "grafting:bins=N is expected to have a whole N from 2 on but got '1'"),
-        ("grafting:measure=l1,bins=5", "grafting:bins is of the measure entropy"),
+        ("grafting:measure=l1,bins=5", "grafting:bins belongs to measure=entropy"),
         ("grafting:bin=5", "but got 'bin=5'. Did you mean grafting:bins=5?"),
         ("graft", "Did you mean grafting?"),
     ],
@@ -304,7 +304,7 @@ def test_json_has_coefficients_of_layers(home):
     assert len(value["layers"]) == 2 + 3 * 11
     record = ckptavg.open_checkpoint("out.pt").provenance
     assert record.scheme == "grafting"
-    assert "a.pt would be grafted into others of the cycle" in result.output
+    assert "a.pt would be grafted into other networks" in result.output
 
 
 @pytest.mark.parametrize(("flags", "full"), [([], False), (["-v"], True)])
