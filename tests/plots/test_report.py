@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -196,6 +197,14 @@ def test_report_points_tell_their_checkpoint_and_scores(home):
     told = f"epoch_4.pt, step 4, LR 0.1, top-1 {last['top1']:.2f} %, NLL {last['nll']:.4f}"
     assert f"<title>{told}" in text.replace(" nats", "")
     assert text.count("<circle") > 30
+    assert re.search(r"<title>running average, epoch_3\.pt, step 3, top-1", text)
+    # The end of the segment has recomputed statistics, unlike the last checkpoint itself.
+    refreshed = re.findall(r"<title>t 1, top-1 [^<]*", text)
+    own = re.findall(r"<title>last, its own statistics, [^<]*", text)
+    assert refreshed
+    assert own
+    assert all(f"{last['nll']:.4f}" in title for title in own)
+    assert not any(f"{last['nll']:.4f}" in title for title in refreshed)
 
 
 def test_report_shows_the_figures_that_are_asked_for(home):

@@ -15,9 +15,8 @@ _CAPTIONS: dict[FigureKind, str] = {
     "geometry": "Checkpoints that scatter around a common centre are what averaging is for: the "
     "centre is nearer to each of them than they are to each other.",
     "segment": "Scores on the straight line between the two in weight space, with BatchNorm "
-    "statistics recomputed at every point where there are training data; its own place the last "
-    "checkpoint off the line if they lag behind its weights. A barrier would mean that the two lie "
-    "in different valleys.",
+    "statistics recomputed at every point where there are training data. A barrier would mean "
+    "that the two lie in different valleys.",
     "reliability": "Predictions sorted by confidence into 15 bins: how many of each are right. "
     "Below the diagonal, a network is more confident than right.",
 }

@@ -25,6 +25,8 @@ _REACH = 6
 _CLOSE = 1e-6
 # Most rows and columns of cells; more are thinned out, as a screen would do.
 _MOST_CELLS = 64
+# Kinds of figures whose points belong to the checkpoint at the same place of the first axis.
+_OVER_TRAINING = ("curve", "geometry")
 # A page has its own title and styles, and may show no image that is not drawn.
 _UNUSED = ("metadata", "style", "title", "image")
 _LOCAL_LINK = re.compile(r"url\(#")
@@ -230,7 +232,9 @@ def _describe_all(landscape: Landscape) -> list[_Described]:
         names.setdefault(mark.x, mark)
         described.append(_Described(mark.x, _heights(mark, landscape), _mark_text(mark, landscape)))
     for point in landscape.points:
-        mark_at_x = names.get(point.x)
+        mark_at_x = None
+        if landscape.kind in _OVER_TRAINING:
+            mark_at_x = names.get(point.x)
         text = _point_text(point, landscape, mark_at_x)
         described.append(_Described(point.x, _heights(point, landscape), text))
     return described
