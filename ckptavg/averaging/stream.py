@@ -325,6 +325,7 @@ class _Shared:
                 worker.block(*block)
                 bytes_done += _block_bytes(block)
         except BaseException:
+            # The output is dropped after an error, so other threads need not finish their tasks.
             self.stopped.set()
             raise
         return _Done(bytes_done, worker.take_gram())

@@ -55,6 +55,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, tokens: Tokens, length: int = _LENGTH, stride: int | None = None) -> None:
+        # By the exact type, since a bool is an int too.
         if type(length) is not int or length < 2:
             raise SpecError(f"length is expected to be a number of tokens from 2 but got {length}")
         if stride is not None and (type(stride) is not int or not 0 < stride < length):

@@ -165,6 +165,7 @@ class CandidateScore:
     def describe_statistics(self) -> tuple[str, dict[str, list[str]]]:
         """Return the state of the running statistics, and lists of exceptional layers by kind."""
         candidate = self.candidate
+        # All members are recomputed or none, so that the first one tells.
         statistics = self.members[0].statistics
         if statistics is not None:
             return statistics.state, statistics.listed

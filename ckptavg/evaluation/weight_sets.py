@@ -220,6 +220,7 @@ def _read_together(group: Sequence[WeightSet], *, keep_nonfinite: bool) -> dict[
     averages = []
     for source_id, source in sources.items():
         average = source if isinstance(source, Average) else as_average(source)
+        # A note that asks for recomputing would be wrong where that is done anyway.
         if source_id not in kept:
             average = average.for_recomputing()
         averages.append(average)

@@ -79,6 +79,7 @@ def _averages_beside(run: Run, key: str | None) -> Iterator[Checkpoint]:
     for left_out in run.excluded:
         try:
             checkpoint = open_checkpoint(left_out.path, key)
+        # Not every file that a run leaves out can be opened.
         except CkptavgError:
             continue
         provenance = checkpoint.provenance

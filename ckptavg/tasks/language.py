@@ -239,6 +239,7 @@ def _count_embeddings(model: nn.Module) -> int | None:
         return None
     try:
         layer = get_embeddings()
+    # transformers raises it for models without an embedding of tokens.
     except NotImplementedError:
         return None
     if not isinstance(layer, nn.Embedding):

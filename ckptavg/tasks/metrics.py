@@ -142,6 +142,7 @@ class ClassificationMetrics:
     def merge(self, state: dict[str, Any]) -> None:
         """Add the state of another process."""
         self.count += state["n"]
+        # A process that had no batch does not know the number of classes.
         self._classes = max(self._classes, state["classes"])
         self._totals.add(torch.tensor(state["totals"], dtype=torch.float64))
         self._bins.add(torch.tensor(state["bins"], dtype=torch.float64))

@@ -72,6 +72,7 @@ def _posthoc_ema(options: Options) -> Coefficients:
             wanted = _target_profile(profiles, target)
             rows: list[list[Decimal]] = []
             for number, profile in enumerate(profiles):
+                # The matrix is symmetric, so that its upper half is enough.
                 rows.append([profile.correlate(other) for other in [*profiles[number:], wanted]])
             return [float(value) for value in _solve(rows)]
 

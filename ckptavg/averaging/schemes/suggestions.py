@@ -79,6 +79,7 @@ def _correct_option(kind: SchemeKind, part: str) -> str:
     if not value and (_NUMBER.fullmatch(key) or key in kind.choices.get(first, ())):
         return f"{first}={key}"
     fallback = key
+    # Of a scheme with one option, a word of any spelling means this option.
     if len(kind.options) == 1:
         fallback = first
     key = _closest(key, kind.options, fallback)
