@@ -84,7 +84,7 @@ def graft(plan: Plan, grafting: Grafting) -> Plan:
 def _describe(checkpoints: Sequence[Checkpoint]) -> str:
     """Word which network is grafted into which."""
     *others, other, own = short_names([checkpoint.path for checkpoint in checkpoints])
-    text = f"grafting: {other} is grafted into {own}, the last network that is named"
+    text = f"grafting: {other} is grafted into {own}, the last of the networks"
     if others:
         text += f"; {first_few(others)} would be grafted into other networks, and do not count"
     return text

@@ -286,7 +286,7 @@ def test_dry_run_shows_coefficients_of_layers(home):
     assert "1 layer, 0.7 to 0.7 of a.pt" in result.output
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("w ")]
     assert line.split() == ["w", "0.562335", "1.38629", "0.699691"]
-    assert "b.pt is grafted into a.pt, the last network that is named" in result.output
+    assert "b.pt is grafted into a.pt, the last of the networks" in result.output
 
 
 def test_json_has_coefficients_of_layers(home):
