@@ -43,6 +43,13 @@ def test_levels_are_capped_above_the_marks():
     assert choose_levels(values, [40.0]) == choose_levels(values, [])
 
 
+def test_levels_are_no_closer_than_values_can_be():
+    # Errors on 800 samples, of which many points share the lowest.
+    values = [3.5] * 20 + [3.5 + 0.125 * number for number in range(80)]
+    assert choose_levels(values, []).values[1] < 3.55
+    assert choose_levels(values, [], resolution=0.125).values[1] == pytest.approx(3.625)
+
+
 def test_levels_without_marks_reach_the_maximum():
     levels = choose_levels([1.0, 2.0, 5.0], [])
     assert (levels.values[0], levels.values[-1], levels.capped) == (1.0, 5.0, False)

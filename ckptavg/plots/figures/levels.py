@@ -53,7 +53,9 @@ def log_levels(low: float, cap: float, log_alpha: float, count: int = BANDS) -> 
     return [*levels, cap]
 
 
-def choose_levels(values: Sequence[float], marks: Sequence[float]) -> Levels:
+def choose_levels(
+    values: Sequence[float], marks: Sequence[float], resolution: float = 0.0
+) -> Levels:
     """Choose levels that resolve the surroundings of the marked points.
 
     The cap is three times as far above the minimum as the highest mark, or at the surface's lower
@@ -63,6 +65,7 @@ def choose_levels(values: Sequence[float], marks: Sequence[float]) -> Levels:
     Args:
         values: Finite values of the surface, at least one.
         marks: Finite values at marked points.
+        resolution: Smallest difference that values can have, which no band is thinner than.
 
     Returns:
         The levels; a single one for a flat surface.
@@ -81,7 +84,7 @@ def choose_levels(values: Sequence[float], marks: Sequence[float]) -> Levels:
         cap = high
     span = cap - low
     first = ordered[int(_INNERMOST * len(ordered))] - low
-    first = min(max(first, _THINNEST * span), _THICKEST * span)
+    first = min(max(first, _THINNEST * span, resolution), _THICKEST * span)
     # The published formula puts the first level at exp(α + γ).
     log_alpha = (BANDS * math.log(first) - math.log(span)) / (BANDS - 1)
     return Levels(tuple(log_levels(low, cap, log_alpha)), capped=cap < high)

@@ -102,7 +102,8 @@ def _draw_panel(landscape: Landscape, panel: Axes, quantity: Quantity) -> int:
     if values:
         marks = [quantity.value(mark) for mark in (*landscape.checkpoints, *landscape.averages)]
         marks = [value for value in marks if math.isfinite(value)]
-        _fill(panel, surface, choose_levels(values, marks), quantity)
+        levels = choose_levels(values, marks, _resolution_of(landscape, quantity))
+        _fill(panel, surface, levels, quantity)
     (left, right), (bottom, top) = _limits(landscape)
     if left < right:
         panel.set_xlim(left, right)
@@ -110,6 +111,14 @@ def _draw_panel(landscape: Landscape, panel: Axes, quantity: Quantity) -> int:
         panel.set_ylim(bottom, top)
     draw_marks(landscape, panel)
     return holes
+
+
+def _resolution_of(landscape: Landscape, quantity: Quantity) -> float:
+    """Return the share of a single sample in a percentage; 0 for other quantities."""
+    count = quantity.metrics(landscape.points[0]).get("n", 0)
+    if quantity.unit != "%" or not count:
+        return 0.0
+    return 100 / count
 
 
 def surface_of(landscape: Landscape, quantity: Quantity) -> Surface:
