@@ -147,6 +147,22 @@ class PointScorer:
     ) -> Scorer:
         """Make a scorer of the keywords of ``evaluate``.
 
+        Args:
+            run: The checkpoints.
+            model: A module that the weights fit.
+            data: Evaluation data.
+            train_data: Training data, from which statistics are recomputed; None without any.
+            task: As for ``evaluate``.
+            device: As for ``evaluate``.
+            forward: As for ``evaluate``.
+            exclude: As for ``evaluate``.
+            amp: As for ``evaluate``.
+            batch_size: As for ``evaluate``.
+            workers: As for ``evaluate``.
+            seed: As for ``evaluate``.
+            bn_samples: As for ``evaluate``.
+            weight_decay: Factor λ of the L2 term λ/2·‖w‖² of the training loss; None without it.
+
         Raises:
             UsageError: An argument cannot be meant.
             EvaluationError: The device is not available, or data can be read only once.

@@ -175,7 +175,14 @@ def _style_legend(legend: Any) -> None:
 
 
 def label_axes(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
-    """Label a panel with plain texts, wrapped to its size; empty ones are left out."""
+    """Label a panel with plain texts, wrapped to its size.
+
+    Args:
+        axes: The panel.
+        x: Title of the horizontal axis; empty for none.
+        y: Title of the vertical axis; empty for none.
+        title: Title of the panel; empty for none.
+    """
     wide, high = _room_of(axes)
     if x:
         axes.set_xlabel(_wrap(x, wide), parse_math=False)
@@ -221,6 +228,12 @@ def put_colour_bar(panel: Axes, drawn: Any, title: str = "", **look: Any) -> Any
 
     In a figure of our own it is inside the panel's box, so that both have the same height. A panel
     of the caller's gives it room, since its neighbours may be close.
+
+    Args:
+        panel: The panel.
+        drawn: What matplotlib has drawn in colours.
+        title: Title of the bar; empty for none.
+        look: Further keywords of ``Figure.colorbar``.
     """
     figure = root_figure(panel)
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):

@@ -127,7 +127,13 @@ def _draw_band(panel: Axes, line: Line, style: LineStyle) -> None:
 
 
 def sample_of(style: LineStyle, *, width: float = 1.4, training: bool = False) -> Line2D:
-    """Return a sample of a line for the legend."""
+    """Return a sample of a line for the legend.
+
+    Args:
+        style: Look of the line.
+        width: Width of the line in points.
+        training: True for a line of training data, which has dashes and no markers.
+    """
     look: dict[str, Any] = style.of_line()
     if training:
         look |= {"linestyle": TRAINING, "marker": "none"}

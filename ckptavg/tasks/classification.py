@@ -95,7 +95,13 @@ class Classification(activations.TaskOnLogits):
         return Samples(right, answers=answers.to(torch.int32), scale=100.0)
 
     def samples_of(self, metric: str, predictions: torch.Tensor, targets: Any) -> Samples:
-        """Return the per-sample values of top-1, or of the NLL in nats."""
+        """Return the per-sample values of top-1, or of the NLL in nats.
+
+        Args:
+            metric: ``top1`` or ``nll``.
+            predictions: Log-probabilities, (N, classes).
+            targets: Labels, as ``scores`` takes them.
+        """
         if metric != "nll":
             return super().samples_of(metric, predictions, targets)
         labels = class_indices(targets, predictions.shape[1])

@@ -39,7 +39,12 @@ class JointScorer(PointScorer):
     ) -> list[PointScore]:
         """Score candidates, the first of which is a single checkpoint, see ``PointScorer.score``.
 
-        The metrics of an ensemble have besides the distances of outputs, where known.
+        The metrics of an ensemble have the distances of outputs besides, where these are known.
+
+        Args:
+            points: Candidates: a single checkpoint first, then averages and ensembles.
+            progress: Called with phase, done and total, in samples times points.
+            on_scores: Called after each pass with the scores so far.
         """
         if not points:
             return []

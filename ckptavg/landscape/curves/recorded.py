@@ -40,7 +40,13 @@ def recorded_metrics(checkpoints: Sequence[Checkpoint]) -> tuple[Metric, ...]:
 def recorded_points(
     runs: Sequence[NamedRun], axis: StepAxis, metrics: Sequence[Metric]
 ) -> tuple[Point, ...]:
-    """Return a point per checkpoint with the recorded metrics."""
+    """Return a point per checkpoint with the recorded metrics.
+
+    Args:
+        runs: The runs.
+        axis: Steps of the checkpoints of all runs.
+        metrics: Metrics to take from the records.
+    """
     log.info(
         "the metrics are those that training recorded, and averages are not scored: pass `model` "
         "and `data` for that"

@@ -95,7 +95,13 @@ def list_stretches(runs: Sequence[NamedRun], window: int | None) -> list[Stretch
 
 
 def series_name(runs: Sequence[NamedRun], run: NamedRun, line: str) -> str:
-    """Name a line: with the run, where there are several."""
+    """Name a line: with the run, where there are several.
+
+    Args:
+        runs: The runs.
+        run: Run that the line is of.
+        line: Name of the line within its run.
+    """
     if len(runs) == 1:
         return line
     return f"{run.name}: {line}"

@@ -144,6 +144,11 @@ def build_report(
 def write_report(report: Report, path: Path, *, overwrite: bool) -> None:
     """Write the page, whole or not at all; of several processes, the first writes.
 
+    Args:
+        report: The report.
+        path: The file.
+        overwrite: True to replace an existing file.
+
     Raises:
         OutputError: The file cannot be written, or exists and must not be replaced.
     """

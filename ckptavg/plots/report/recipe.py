@@ -66,7 +66,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the average is made.
+    """Command and code that make the average.
 
     Attributes:
         command: Command of a shell; None where only Python can name the model.

@@ -27,7 +27,7 @@ _SMALL_P = 0.0001
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an average does better than the last checkpoint, in one sentence.
+    """Judgement of an average against the last checkpoint, in one sentence.
 
     Attributes:
         outcome: The verdict in a word.
