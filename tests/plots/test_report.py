@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 import ckptavg
 from ckptavg import Candidate, Results
 from ckptavg.cli import main
-from ckptavg.errors import OutputError, UsageError
+from ckptavg.errors import OutputError, SpecError, UsageError
 from ckptavg.evaluation.score_table import tabulate_scores
 from ckptavg.plots.report import build
 
@@ -177,16 +177,19 @@ def test_report_figures_have_the_scores_of_the_figures_by_themselves(home):
     )
 
 
+class Counting(TensorDataset):
+    reads = 0
+
+    def __getitem__(self, position):
+        self.reads += 1
+        return super().__getitem__(position)
+
+
 def test_report_reads_the_data_once(home):
-    class Counting(TensorDataset):
-        reads = 0
-
-        def __getitem__(self, position):
-            Counting.reads += 1
-            return super().__getitem__(position)
-
-    ckptavg.report("run", network(), Counting(*data(1).tensors), train_data=data())
-    assert Counting.reads == 60
+    scored, training = Counting(*data(1).tensors), Counting(*data().tensors)
+    ckptavg.report("run", network(), scored, train_data=training)
+    assert scored.reads == 60
+    assert training.reads == 60
 
 
 def test_report_points_tell_their_checkpoint_and_scores(home):
@@ -368,6 +371,9 @@ def test_report_needs_its_packages_before_work(home, monkeypatch):
         "run", "--model", "missing.py:model", "--data", "x", "-o", "r.html", code=1
     ).output
     assert "pip install jinja2" in output
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SpecError, match="pip install"):
+        ckptavg.report("missing", network(), data(1))
 
 
 @pytest.mark.slow

@@ -150,6 +150,7 @@ def report_run(report: Report, paths: tuple[str, ...], options: ReportOptions) -
     page = options.page
     kinds = check_figures(page.figures if page.figures is not None else FIGURES)
     target = Path(page.out)
+    build.require_packages()
     build.check_output(target, overwrite=page.overwrite)
     with collect_notes() as notes:
         subject = _plan(paths, options)

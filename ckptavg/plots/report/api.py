@@ -23,7 +23,13 @@ from ckptavg.formats import Checkpoint
 from ckptavg.landscape.points import PointScorer
 from ckptavg.models.batches import Batches, Forward
 from ckptavg.models.load import unwrap_distributed
-from ckptavg.plots.report.build import Report, build_report, check_output, write_report
+from ckptavg.plots.report.build import (
+    Report,
+    build_report,
+    check_output,
+    require_packages,
+    write_report,
+)
 from ckptavg.plots.report.figures import FIGURES, check_figures
 from ckptavg.plots.report.recipe import Invocation, keywords_of, recomputing_of
 from ckptavg.plots.report.subject import Subject
@@ -79,6 +85,7 @@ def report(  # noqa: D417 - arguments of `compare` share a line
     kinds = check_figures(figures)
     target = None if out is None else Path(out)
     rules = TensorRules(include=include_tensors, exclude=exclude_tensors, base=base, dtype=dtype)
+    require_packages()
     if target is not None:
         check_output(target, overwrite=overwrite)
     with collect_notes() as notes, open_progress(progress, "samples") as reporter:

@@ -76,8 +76,18 @@ class Report:
         return plain
 
 
+def require_packages() -> None:
+    """Refuse to begin without what draws the page.
+
+    Raises:
+        SpecError: jinja2 or matplotlib is not installed.
+    """
+    import_optional("jinja2", "jinja2")
+    import_optional("matplotlib", "matplotlib")
+
+
 def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Location] = ()) -> None:
-    """Refuse a report that cannot be written or drawn, before any work.
+    """Refuse a report that cannot be written, before any work.
 
     Args:
         path: The file of the report.
@@ -87,12 +97,9 @@ def check_output(path: Path, *, overwrite: bool, inputs: Sequence[Location] = ()
     Raises:
         UsageError: The name does not end in ``.html``.
         OutputError: The file may not be written.
-        SpecError: jinja2 or matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"a report is expected in a file that ends in .html, but got {path}")
-    import_optional("jinja2", "jinja2")
-    import_optional("matplotlib", "matplotlib")
     # Checkpoints at a URL cannot be overwritten by a file.
     local = [location for location in inputs if isinstance(location, Path)]
     check_target(path, overwrite=overwrite, inputs=local)
