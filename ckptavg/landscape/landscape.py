@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ckptavg.display.json_text import json_text
-from ckptavg.errors import OutputError, UsageError
+from ckptavg.errors import OutputError, SpecError, UsageError
 from ckptavg.errors.printable import without_secrets
 from ckptavg.errors.system import guard_writes
 from ckptavg.io import bounded_json
@@ -311,6 +311,17 @@ class Landscape:
         """
         drawing = import_optional("ckptavg.plots.draw", "matplotlib", "plot")
         drawing.save_figure(self, Path(path))
+
+    def _repr_png_(self) -> bytes | None:
+        """Draw the figure for a notebook; None without matplotlib, or without a point."""
+        if not self.points:
+            return None
+        try:
+            drawing = import_optional("ckptavg.plots.draw", "matplotlib", "plot")
+        except SpecError:
+            return None
+        contents: bytes = drawing.render(self, "png")
+        return contents
 
 
 def check_suffix(path: Path) -> None:

@@ -74,7 +74,7 @@ def draw(
     """Draw a landscape.
 
     A new figure belongs to no window and no pyplot state: ``figure.savefig`` writes it, and a
-    notebook shows it as the last value of a cell. Nothing of matplotlib's settings is changed.
+    notebook shows it after ``%matplotlib inline``. Nothing of matplotlib's settings is changed.
 
     Args:
         landscape: Scored points.

@@ -24,6 +24,11 @@ def test_png_opens_and_is_small(tmp_path):
     assert path.stat().st_size < 200_000
 
 
+def test_png_shows_a_landscape_in_a_notebook():
+    assert plane(size=4)._repr_png_() == render(plane(size=4), "png")
+    assert replace(plane(size=4), points=())._repr_png_() is None
+
+
 def test_svg_text_is_text(tmp_path):
     path = tmp_path / "figure.svg"
     landscape = plane(size=4)

@@ -389,6 +389,7 @@ def test_figure_without_matplotlib_says_what_to_install(monkeypatch):
     with pytest.raises(SpecError, match=r'pip install "ckptavg\[plot\]"') as caught:
         plane(size=4).plot()
     assert "\n" not in str(caught.value)
+    assert plane(size=4)._repr_png_() is None
 
 
 def test_figure_says_what_was_not_scored():
