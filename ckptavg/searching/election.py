@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ckptavg.formats.running_statistics import RECOMPUTED
 from ckptavg.searching.families import Proposal
 from ckptavg.searching.permutation import adjusted_p_values
 from ckptavg.tasks import Metric
@@ -40,6 +41,18 @@ class Scored:
     def is_finite(self) -> bool:
         """False if an output was not finite."""
         return bool(len(self.values))
+
+    @property
+    def is_recomputed(self) -> bool:
+        """True if the statistics were recomputed, all or some."""
+        return self.bn in RECOMPUTED
+
+    @property
+    def complexity(self) -> tuple[int, int, bool]:
+        """Order of simplicity: that of the proposal, then statistics as they are."""
+        # Of an average, recomputed statistics are the sound ones: only a checkpoint has its own.
+        is_extra = self.is_recomputed and self.proposal.size == 1
+        return (*self.proposal.complexity, is_extra)
 
     def score(self, samples: torch.Tensor) -> float:
         """Return the metric on some samples; NaN where an output was not finite.
@@ -75,6 +88,13 @@ class Ranked:
     def name(self) -> str:
         """Name in the ranking."""
         return self.scored.proposal.name
+
+    @property
+    def title(self) -> str:
+        """Name in a sentence, which tells recomputed statistics of a single checkpoint."""
+        if self.scored.is_recomputed and self.scored.proposal.size == 1:
+            return f"{self.name} with recomputed statistics"
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,7 @@ def elect(
         ranking.append(Ranked(candidate, candidate.score(samples), p, p > LEVEL))
     plateau = [ranked for ranked in ranking if ranked.plateau]
     # The first of equals is the better one, as the ranking is in order.
-    winner = min(plateau, key=lambda ranked: ranked.scored.proposal.complexity)
+    winner = min(plateau, key=lambda ranked: ranked.scored.complexity)
     # Named, not dropped: a diverged average is worth knowing of.
     for candidate in candidates:
         if not candidate.is_finite:
@@ -141,7 +161,7 @@ def measure_contributions(ranking: Sequence[Ranked], count: int) -> tuple[float 
         recipe = ranked.scored.proposal.recipe
         is_mean = recipe.scheme == "uniform" and recipe.weights is None
         # Stale and recomputed means are not compared with each other.
-        if is_mean and (ranked.scored.bn == "recomputed" or recipe.positions not in scores):
+        if is_mean and (ranked.scored.is_recomputed or recipe.positions not in scores):
             scores[recipe.positions] = ranked.select
     everything = tuple(range(count))
     contributions: list[float | None] = []

@@ -104,7 +104,7 @@ class SearchResult:
         recipe = scored.proposal.recipe
         members = [self.plan.run[position] for position in recipe.positions]
         recompute = None
-        if scored.bn == "recomputed":
+        if scored.is_recomputed:
             recompute = self.plan.recompute
         return average(
             members, recipe.scheme, weights=recipe.weights, out=out, overwrite=overwrite,

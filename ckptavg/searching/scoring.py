@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -18,6 +19,7 @@ from ckptavg.evaluation.identity import EvaluationCall
 from ckptavg.evaluation.results import Result
 from ckptavg.evaluation.resume import keys_of
 from ckptavg.evaluation.session import score_on
+from ckptavg.formats import Checkpoint
 from ckptavg.runs.run import Run
 from ckptavg.searching.election import Scored
 from ckptavg.searching.families import Proposal
@@ -161,17 +163,34 @@ class ProposalScorer:
         positions = proposal.recipe.positions
         # A checkpoint keeps its own statistics, with which it was trained and saved.
         if proposal.size == 1:
-            checkpoint = self.run[positions[0]]
-            is_last = proposal.family == "last"
-            return [
-                Candidate.of_checkpoint(checkpoint, proposal.name, last=is_last, recompute=False)
-            ]
+            return self._candidates_of_checkpoint(proposal, self.run[positions[0]])
         average = self._plan(proposal)
         # Late, close checkpoints can do better with statistics as averaged, so both ways are tried.
         candidates = [Candidate.of_average(average, proposal.name, recompute=False)]
         if self.call.training is not None and average.batchnorm in _RECOMPUTABLE:
             candidates.append(Candidate.of_average(average, proposal.name, recompute=True))
         return candidates
+
+    def _candidates_of_checkpoint(
+        self, proposal: Proposal, checkpoint: Checkpoint
+    ) -> list[Candidate]:
+        """Return the candidate of a checkpoint; of the last one also with recomputed statistics.
+
+        Lagging statistics may be all that is wrong with the last checkpoint, and then no average is
+        needed.
+        """
+        is_last = proposal.family == "last"
+        stored = Candidate.of_checkpoint(checkpoint, proposal.name, last=is_last, recompute=False)
+        if not is_last or not self._is_recomputable:
+            return [stored]
+        return [stored, replace(stored, recompute=True)]
+
+    @cached_property
+    def _is_recomputable(self) -> bool:
+        """True if there is training data, and the run has statistics that were not frozen."""
+        if self.call.training is None:
+            return False
+        return plan_average(self.run).batchnorm in _RECOMPUTABLE
 
     def _plan(self, proposal: Proposal) -> Average:
         """Plan an average of the checkpoints that have a coefficient."""

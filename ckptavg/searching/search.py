@@ -31,7 +31,7 @@ from ckptavg.searching.election import Election, Scored, elect, measure_contribu
 from ckptavg.searching.families import Catalogue, Proposal, SearchedFamily, check_families
 from ckptavg.searching.plan import SearchPlan, find_metric
 from ckptavg.searching.result import Judgement, SearchResult
-from ckptavg.searching.scoring import ProposalScorer
+from ckptavg.searching.scoring import ProposalScorer, Variant
 from ckptavg.searching.soup import GreedySoup
 from ckptavg.searching.split import Split, split_samples
 from ckptavg.searching.store import ScoreStore
@@ -148,10 +148,13 @@ def _run(plan: SearchPlan, store: ScoreStore, progress: PhaseProgress | None) ->
     others = sum(ranked.plateau for ranked in election.ranking) - 1
     proposal = winner.scored.proposal
     counts = plan.call.task.counts
-    verdict = judge(winner.name, proposal.size, plan.metric, difference, others, counts)
+    verdict = judge(winner.title, proposal.size, plan.metric, difference, others, counts)
+    contributions: tuple[float | None, ...] = ()
+    if "without-one" in plan.families:
+        contributions = measure_contributions(election.ranking, len(plan.run))
     result = SearchResult(
         plan, election.ranking, winner, judgement, verdict, counts, len(searcher.split.selection),
-        contributions=measure_contributions(election.ranking, len(plan.run)),
+        contributions=contributions,
         stability=searcher.split_anew(candidates),
     )  # fmt: skip
     return replace(result, command=result.write_code())
@@ -260,9 +263,9 @@ class _Searcher:
         plan = self.plan
         # With equal weights there is nothing to compare.
         winner = election.winner.scored
-        if winner.proposal is self.catalogue.last:
+        last = self.scored[0]
+        if winner is last:
             return None
-        last = next(s for s in self.scored if s.proposal is self.catalogue.last)
         samples = self.split.report
         # Only these two meet the data that judge: nothing else may learn from them.
         if plan.report_data is not None:
@@ -279,13 +282,11 @@ class _Searcher:
         assert plan.report_data is not None
         call = replace(plan.call, data=plan.report_data)
         scorer = self._make_scorer(call)
-        variants = scorer.variants([winner.proposal, last.proposal])
-        wanted = [
-            variant
-            for variant in variants
-            if variant.proposal is last.proposal
-            or bool(variant.candidate.recompute) == (winner.bn == "recomputed")
-        ]
+        wanted: list[Variant] = []
+        for scored in (winner, last):
+            for variant in scorer.variants([scored.proposal]):
+                if bool(variant.candidate.recompute) == scored.is_recomputed:
+                    wanted.append(variant)
         first, second = scorer.score(wanted)
         return first, second
 

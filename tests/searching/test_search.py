@@ -161,6 +161,33 @@ def test_search_recomputes_statistics(tmp_path):
     assert states == {"own", "stale", "recomputed"}
 
 
+def test_search_elects_recomputed_statistics_of_the_last(tmp_path):
+    """Statistics that lag behind are all that is wrong with the last checkpoint."""
+    run = save_noisy_run(tmp_path / "run", count=4, noise=0, norm=True)
+    for step, checkpoint in enumerate(run, start=1):
+        state = torch.load(checkpoint.path, weights_only=True)
+        state["state_dict"]["norm.running_mean"] += step * torch.arange(8.0)
+        torch.save(state, checkpoint.path)
+    run = ckptavg.open_run(tmp_path / "run")
+    report = samples(5, 300)
+    for report_data in (None, report):
+        result = search(
+            run, Linear(norm=True), DATA, train_data=samples(3, 500), report_data=report_data,
+            families=["checkpoint"],
+        )  # fmt: skip
+        last, recomputed = [r for r in result.ranking if r.name == "step_4.pt (last)"][::-1]
+        assert (last.scored.bn, recomputed.scored.bn) == ("own", "recomputed")
+        assert result.winner == recomputed
+        assert result.verdict.outcome == "checkpoint"
+        assert result.verdict.text.startswith(
+            "step_4.pt (last) with recomputed statistics: top-1 +"
+        )
+    result.write_winner(tmp_path / "best.pt")
+    written = torch.load(tmp_path / "best.pt", weights_only=True)["state_dict"]
+    inputs = samples(3, 500).tensors[0]
+    torch.testing.assert_close(written["norm.running_mean"], inputs.mean(0), atol=1e-5, rtol=1e-5)
+
+
 def test_search_writes_the_winner(run, tmp_path):
     result = search(run, Linear(), DATA, budget=10, families=["window"])
     result.write_winner(tmp_path / "best.pt")

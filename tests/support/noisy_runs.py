@@ -38,10 +38,13 @@ def samples(seed: int, count: int) -> TensorDataset:
     return data
 
 
-def save_noisy_run(directory: Path, count: int = 8, noise: float = 1.0, seed: int = 0) -> Run:
+def save_noisy_run(
+    directory: Path, count: int = 8, noise: float = 1.0, seed: int = 0, norm: bool = False
+) -> Run:
     """Save checkpoints that are the true weights and independent noise."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, count + 1):
         weight = TRUTH + noise * torch.randn(CLASSES, FEATURES, generator=generator)
-        save(directory / f"step_{step}.pt", {"head.weight": weight}, step=step)
+        state = Linear(norm).state_dict() | {"head.weight": weight}
+        save(directory / f"step_{step}.pt", state, step=step)
     return open_run(directory)

@@ -160,7 +160,7 @@ def search(
     )  # fmt: skip
     if result.command:
         recipe = result.winner.scored.proposal.recipe
-        recomputed = result.winner.scored.bn == "recomputed"
+        recomputed = result.winner.scored.is_recomputed
         result = replace(result, command=words.write_command(recipe, recomputed=recomputed))
     _show(report, result, options)
 
