@@ -74,10 +74,11 @@ def _acquire(side: Path) -> int | None:
         except OSError:
             return None
         locked: bool | None = False
+        current: tuple[int, int] | None = None
         try:
             locked = temporaries.lock(handle, side)
-            # Each holder removes the side file, so the next one has another.
-            info = os.fstat(handle)
+            if locked is False:
+                current = _identify(handle)
         finally:
             if not locked:
                 _release(handle)
@@ -87,11 +88,23 @@ def _acquire(side: Path) -> int | None:
         if locked is None:
             temporaries.remove(side)
             return None
-        if holder != (info.st_ino, info.st_ctime_ns):
-            holder = (info.st_ino, info.st_ctime_ns)
+        if holder != current:
+            holder = current
             deadline = time.monotonic() + _PATIENCE
         time.sleep(_PAUSE)
     log.warning(
         "another process has held %s for %g seconds: going on without waiting", side, _PATIENCE
     )
     return None
+
+
+def _identify(handle: int) -> tuple[int, int] | None:
+    """Return what tells one holder's side file from the next one's; None where it is not known.
+
+    Each holder removes the side file, so the next one has another, or at least a later one.
+    """
+    try:
+        info = os.fstat(handle)
+    except OSError:
+        return None
+    return info.st_ino, info.st_ctime_ns

@@ -382,15 +382,23 @@ def test_report_that_is_interrupted_writes_nothing(home):
         FACTORIES + "\ndef slow():\n"
         "    import pathlib, time\n"
         "    pathlib.Path('started').touch()\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(300)\n"
     )
     words = ["report", "run", "--model", "slow.py:model", "--data", "slow.py:slow", "-o", "r.html"]
-    process = subprocess.Popen([sys.executable, "-m", "ckptavg", *words], stderr=subprocess.PIPE)
-    while not Path("started").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
+
+    def heed_interrupts():  # which a process started in the background does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [sys.executable, "-m", "ckptavg", *words],
+        stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - a call that takes no lock
+    ) as process:
+        while not Path("started").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=240)
     assert process.returncode == 130
     assert b"nothing was written" in message
     assert not [path for path in Path().iterdir() if "r.html" in path.name]
