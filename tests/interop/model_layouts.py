@@ -193,10 +193,21 @@ class Marian(Layout):
 
 
 def train_in_two_processes(kind: str, directory: Path) -> None:
-    """Have ``sharded_training.py`` write a run."""
+    """Have ``sharded_training.py`` write a run.
+
+    The launcher and gloo take free ports, which others on the machine may take a moment before:
+    then they try anew, as a person would.
+    """
     script = Path(__file__).with_name("sharded_training.py")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, script, kind, directory], check=True, capture_output=True)
+    for _ in range(3):
+        shutil.rmtree(directory, ignore_errors=True)
+        done = subprocess.run(
+            [*launcher, script, kind, directory], check=False, capture_output=True, text=True
+        )
+        if done.returncode == 0:
+            return
+    raise AssertionError(f"{kind} wrote nothing: {done.stderr[-3000:]}")
 
 
 @register
