@@ -69,12 +69,26 @@ def mapped_blocks(times=3, size=BLOCK):
 
 def thresholds():
     """Tell which sizes of blocks get a mapping of their own."""
-    seen = []
-    for size in [HIGHEST - 1 * MIB, HIGHEST - mmap.PAGESIZE, HIGHEST + 1, 33 * MIB, BLOCK]:
-        # What the block before has left at the top of the heap would serve any size that fits.
+    sizes = [HIGHEST - 1 * MIB, HIGHEST - mmap.PAGESIZE, HIGHEST + 1, 33 * MIB, BLOCK]
+    return [is_size_mapped(size) for size in sizes]
+
+
+def is_size_mapped(size):
+    """Tell whether a block of a size is mapped, in a copy of this process.
+
+    A block that another one has left in the heap would serve any size that fits.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
         ctypes.CDLL(None).malloc_trim(0)
-        seen.append(is_mapped(torch.empty(size // 4)))
-    return seen
+        os.write(writer, b"1" if is_mapped(torch.empty(size // 4)) else b"0")
+        os._exit(0)
+    os.waitpid(child, 0)
+    answer = os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+    return answer == b"1"
 
 
 def resident():
