@@ -107,7 +107,7 @@ def plan_average(
 
     Args:
         run: The result of ``open_run``, or a selection of it; or the path of a run.
-        scheme: ``NAME[:key=value,...]``; ``ckptavg average --help-all`` lists the names.
+        scheme: ``NAME[:key=value,...]``; the full help of ``average`` lists the names.
         weights: One number per checkpoint instead of a scheme. The numbers are normalized.
         include: Shell patterns of tensor names to average; all where empty.
         exclude: Shell patterns of tensor names not to average.

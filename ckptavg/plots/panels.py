@@ -121,7 +121,8 @@ def fit_height(figure: Figure, panels: Sequence[Axes]) -> None:
     The layout counts on a panel's whole box for its labels, which a box of another shape is not.
     """
     engine = figure.get_layout_engine()
-    assert engine is not None
+    if engine is None:
+        return
     engine.execute(figure)
     heights: list[float] = []
     for panel in panels:
@@ -219,7 +220,6 @@ def root_figure(axes: Axes) -> Figure:
     figure = axes.figure
     if isinstance(figure, SubFigure):
         figure = figure.figure
-    assert isinstance(figure, Figure)
     return figure
 
 

@@ -14,6 +14,7 @@ from ckptavg.averaging.plan import Average, plan_average
 from ckptavg.data.loaders import open_loader
 from ckptavg.display.progress import PhaseProgress
 from ckptavg.distributed.peers import Peers
+from ckptavg.errors import EvaluationError
 from ckptavg.evaluation.candidates import Candidate
 from ckptavg.evaluation.identity import EvaluationCall
 from ckptavg.evaluation.results import Result
@@ -207,8 +208,11 @@ def _as_scored(proposal: Proposal, result: Result, metric: Metric) -> Scored:
         log.info("%s: the outputs are not finite", proposal.name)
         return Scored(proposal, result.bn, torch.empty(0), metrics=metrics)
     samples = result.samples
-    # A task without such values has refused to give those of the metric.
-    assert samples is not None
+    if samples is None:
+        raise EvaluationError(
+            f"there are no values per sample of {metric.key}, by which candidates are compared",
+            "Define `samples` of the task.",
+        )
     weights = None
     if samples.weights is not None:
         weights = samples.weights.cpu()

@@ -269,18 +269,18 @@ class _Searcher:
         samples = self.split.report
         # Only these two meet the data that judge: nothing else may learn from them.
         if plan.report_data is not None:
-            winner, last = self._score_on_report_data(winner, last)
+            winner, last = self._score_on_report_data(plan.report_data, winner, last)
             samples = torch.arange(len(winner.values))
         pair = [_samples_of(scored, samples, plan.metric) for scored in (winner, last)]
         difference = compare(pair[0], pair[1], seed=plan.seed).scale_by(winner.scale)
         metrics = {plan.metric.key: winner.score(samples), "n": float(len(samples))}
         return Judgement(metrics, last.proposal.name, difference)
 
-    def _score_on_report_data(self, winner: Scored, last: Scored) -> tuple[Scored, Scored]:
+    def _score_on_report_data(
+        self, data: Batches | Dataset[Any], winner: Scored, last: Scored
+    ) -> tuple[Scored, Scored]:
         """Score the winner, with its way of statistics, and the last checkpoint."""
-        plan = self.plan
-        assert plan.report_data is not None
-        call = replace(plan.call, data=plan.report_data)
+        call = replace(self.plan.call, data=data)
         scorer = self._make_scorer(call)
         wanted: list[Variant] = []
         for scored in (winner, last):

@@ -110,7 +110,6 @@ def average(
         _note_order(paths, [str(c.path) for c in selection])
     from ckptavg.averaging import pipeline  # noqa: PLC0415 - help is shown without torch
 
-    # All plans and outputs are checked before the first byte is read.
     outputs = [_Output("", plan_selection(selection, weighting, tensors), out)]
     for extra in further:
         path = None if out is None else extra.path(out)

@@ -148,8 +148,9 @@ class RayFigure:
 
     def _widths(self, rise: float, scores: Scores) -> list[Width]:
         """Measure the width of each center; none before all points have scores."""
-        assert self.loss is not None
         widths: list[Width] = []
+        if self.loss is None:
+            return widths
         for center in self.bundle.centers:
             each: list[float | None] = []
             for number in range(self.bundle.settings.directions):
