@@ -198,9 +198,9 @@ class _Searcher:
                 "compared with it",
                 "Leave it out of the run.",
             )
-        left = plan.budget - soup_budget - self._count()
+        remaining = plan.budget - soup_budget - self._count()
         proposals = [scored.proposal for scored in self.scored]
-        self._score(self.catalogue.next_round(proposals, self._scores(self.scored), left))
+        self._score(self.catalogue.next_round(proposals, self._scores(self.scored), remaining))
         if soup_budget:
             self._make_soup(plan.budget - self._count())
         return self.scored
@@ -282,12 +282,12 @@ class _Searcher:
         """Score the winner, with its way of statistics, and the last checkpoint."""
         call = replace(self.plan.call, data=data)
         scorer = self._make_scorer(call)
-        wanted: list[Variant] = []
+        variants: list[Variant] = []
         for scored in (winner, last):
             for variant in scorer.variants([scored.proposal]):
                 if bool(variant.candidate.recompute) == scored.is_recomputed:
-                    wanted.append(variant)
-        first, second = scorer.score(wanted)
+                    variants.append(variant)
+        first, second = scorer.score(variants)
         return first, second
 
     def split_anew(self, candidates: Sequence[Scored]) -> dict[str, int]:

@@ -49,17 +49,17 @@ def split_samples(
             f"the share of samples that choose is expected between 0 and 1 but is {fraction}"
         )
     # The sizes are exact for all samples; classes follow them within one sample.
-    wanted = round(fraction * count)
-    if min(wanted, count - wanted) < FEWEST:
+    selected_count = round(fraction * count)
+    if min(selected_count, count - selected_count) < FEWEST:
         raise EvaluationError(
-            f"{count} samples are too few to choose on {wanted} and to judge on the others",
+            f"{count} samples are too few to choose on {selected_count} and to judge on the others",
             f"Each part needs {FEWEST} samples: give more evaluation data, or `report_data`.",
         )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator)
     if classes is not None:
         order = _interleave_classes(order, classes)
-    return Split(order[:wanted].sort().values, order[wanted:].sort().values)
+    return Split(order[:selected_count].sort().values, order[selected_count:].sort().values)
 
 
 def _interleave_classes(order: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
